@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing import dataclass_transform
+    from typing import ClassVar, dataclass_transform
 else:  # what it is at run time; `typing` itself costs more to import than all of this package
 
     def dataclass_transform(**_: object) -> Any:
@@ -27,8 +27,7 @@ class FDBrokerError(Exception):
 
     code = 0
     says = ""
-    if not TYPE_CHECKING:
-        fields: tuple[str, ...] = ()
+    fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         cls.fields = tuple(cls.__annotations__)
@@ -288,7 +287,7 @@ class TooManyInFlight(FDBrokerError, OSError):
 
 
 class CloseFailed(FDBrokerError, OSError):
-    """The entry is closed and gone, but its close reported an error (close(2): EIO, ENOSPC, ...)."""
+    """The entry is closed and gone, but its close reported an error (close(2): EIO, ENOSPC)."""
 
     code = 34
     name: str

@@ -1,0 +1,238 @@
+"""The ledger: the lender's whole state as fixed-width records in a buffer that the caller supplied.
+
+Everything the lender decides is written through to here before anybody is told, so that another
+process could map the same buffer and go on.  Three tables follow a header, each of 64-bit words
+in the machine's order:
+
+    sessions   one record each: its seq, and its loan or its place in a waiting line
+    entries    one record each: name or ticket, generation, kind, who made it with which seq
+    cells      one word each: the second, third, ... entry of a loan of several, as a linked list
+
+The first word of a record is its **commit word**: a state in the low eight bits, above it the seq
+(sessions) or the generation (entries).  Fields are written first and the commit word last, and
+the fields that a change writes have no meaning in the state that the record is in until then.  So
+a record is true at every instant, wherever its writer was stopped; a grant or a return is one word.
+Cells have no state: those that no session's record leads to are free.
+
+The ledger knows nothing of what the records mean; times are nanoseconds of CLOCK_BOOTTIME, which
+goes on through suspend and is the same for the process that takes over.
+"""
+
+from __future__ import annotations
+
+import struct
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+from fdbroker.errors import BrokerFull
+
+MAGIC = 0x31_72_65_67_64_65_6C_66  # "flegder1", the layout below; another layout, another number
+HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
+NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
+
+SESSION = struct.Struct("=QQQQQQIIIHH128s")  # after the commit word
+SESSION_FIXED = struct.Struct("=QQQQQQIIIHH")  # the same without the purpose: the hot path's
+SESSION_WORDS = 1 + SESSION.size // 8
+SINCE = struct.Struct("=Q")
+SINCE_OFFSET = 8 * 5  # of `since` in a session's record, commit word included
+
+ENTRY = struct.Struct("=QQQIBBH256s")  # after the commit word
+ENTRY_WORDS = 1 + ENTRY.size // 8
+
+STATE_BITS = 8
+STATE_MASK = (1 << STATE_BITS) - 1
+NONE = 0xFFFFFFFF  # no entry, no cell
+
+
+class SessionRecord(NamedTuple):
+    """A session's fields, in the order of the record."""
+
+    id: int
+    borrow_seq: int
+    arrival: int
+    asked: int
+    since: int
+    deadline: int
+    entry: int = NONE
+    cell: int = NONE
+    members: int = 0
+    flags: int = 0
+    purpose_size: int = 0
+    purpose: bytes = b""
+
+
+class EntryRecord(NamedTuple):
+    """An entry's fields, in the order of the record."""
+
+    maker: int
+    maker_seq: int
+    since: int
+    uid: int
+    kind: int
+    flags: int
+    name_size: int
+    name: bytes
+
+
+class Ledger:
+    """Reads and writes the records in `buffer`, which stays the caller's.
+
+    A buffer of zeros is formatted for `sessions`, `entries` and `cells` records; one that was
+    formatted before is taken as it is.  `size` tells how many bytes it must have.  Pages that were
+    never written need no memory if the buffer is an anonymous mapping or a memfd.
+    """
+
+    __slots__ = (
+        "_cells_at",
+        "_entries_at",
+        "_sessions_at",
+        "buffer",
+        "cells",
+        "entries",
+        "sessions",
+        "words",
+    )
+
+    def __init__(
+        self,
+        buffer: bytearray | memoryview,
+        sessions: int = 1024,
+        entries: int = 1024,
+        cells: int = 1024,
+    ) -> None:
+        self.buffer = memoryview(buffer).cast("B")
+        self.words = self.buffer[: len(self.buffer) // 8 * 8].cast("Q")
+        if self.words[0] == 0:
+            if len(self.buffer) < self.size(sessions, entries, cells):
+                raise ValueError("the buffer is too small for that many records")
+            self.words[1:7] = (
+                memoryview(struct.pack("=6Q", sessions, entries, cells, 1, 1, 1))
+                .cast("B")
+                .cast("Q")
+            )
+            self.words[0] = MAGIC
+        if self.words[0] != MAGIC:
+            raise ValueError("the buffer holds something else, or a ledger of another version")
+        self.sessions, self.entries, self.cells = self.words[1:4]
+        self._sessions_at = HEADER_WORDS
+        self._entries_at = self._sessions_at + self.sessions * SESSION_WORDS
+        self._cells_at = self._entries_at + self.entries * ENTRY_WORDS
+
+    @staticmethod
+    def size(sessions: int, entries: int, cells: int) -> int:
+        """Bytes that a buffer for that many records must have."""
+        return 8 * (HEADER_WORDS + sessions * SESSION_WORDS + entries * ENTRY_WORDS + cells)
+
+    def count(self, counter: int) -> int:
+        """The next number of a counter in the header; no number is given twice."""
+        number = self.words[counter]
+        self.words[counter] = number + 1
+        return number
+
+    # --- sessions ---
+
+    def write_session(self, slot: int, record: SessionRecord) -> None:
+        """Write a session's fields; they mean nothing until `commit_session`."""
+        at = (self._sessions_at + slot * SESSION_WORDS + 1) * 8
+        if record.purpose_size:
+            SESSION.pack_into(self.buffer, at, *record)
+        else:
+            SESSION_FIXED.pack_into(self.buffer, at, *record[:-1])
+
+    def write_since(self, slot: int, since: int) -> None:
+        """Write the time of a grant, meaningless as long as the session waits."""
+        SINCE.pack_into(
+            self.buffer, (self._sessions_at + slot * SESSION_WORDS) * 8 + SINCE_OFFSET, since
+        )
+
+    def commit_session(self, slot: int, seq: int, state: int) -> None:
+        """Make the session's record true: the one word that everything rests on."""
+        self.words[self._sessions_at + slot * SESSION_WORDS] = seq << STATE_BITS | state
+
+    def read_session(self, slot: int) -> tuple[int, int, SessionRecord]:
+        """(seq, state, fields) of a session's record."""
+        at = self._sessions_at + slot * SESSION_WORDS
+        record = SessionRecord(*SESSION.unpack_from(self.buffer, (at + 1) * 8))
+        commit = self.words[at]
+        purpose = record.purpose[: record.purpose_size]
+        return commit >> STATE_BITS, commit & STATE_MASK, record._replace(purpose=purpose)
+
+    def session_states(self) -> list[int]:
+        """The state of every session slot, free ones included."""
+        words = self.words[self._sessions_at : self._entries_at : SESSION_WORDS]
+        return [word & STATE_MASK for word in words]
+
+    # --- entries ---
+
+    def write_entry(self, slot: int, record: EntryRecord) -> None:
+        """Write an entry's fields; they mean nothing until `commit_entry`."""
+        ENTRY.pack_into(self.buffer, (self._entries_at + slot * ENTRY_WORDS + 1) * 8, *record)
+
+    def commit_entry(self, slot: int, generation: int, state: int) -> None:
+        """Make the entry's record true."""
+        self.words[self._entries_at + slot * ENTRY_WORDS] = generation << STATE_BITS | state
+
+    def read_entry(self, slot: int) -> tuple[int, int, EntryRecord]:
+        """(generation, state, fields) of an entry's record."""
+        at = self._entries_at + slot * ENTRY_WORDS
+        record = EntryRecord(*ENTRY.unpack_from(self.buffer, (at + 1) * 8))
+        commit = self.words[at]
+        name = record.name[: record.name_size]
+        return commit >> STATE_BITS, commit & STATE_MASK, record._replace(name=name)
+
+    def entry_states(self) -> list[int]:
+        """The state of every entry slot, free ones included."""
+        words = self.words[self._entries_at : self._cells_at : ENTRY_WORDS]
+        return [word & STATE_MASK for word in words]
+
+    # --- cells ---
+
+    def write_cells(self, cells: list[int], entries: list[int]) -> None:
+        """Chain `cells` to hold `entries`, in order; the session's record then names the first."""
+        for cell, entry, following in zip(cells, entries, [*cells[1:], NONE], strict=True):
+            self.words[self._cells_at + cell] = entry << 32 | following
+
+    def read_cells(self, first: int) -> tuple[list[int], list[int]]:
+        """The chain that begins at `first`, as (cells, entries)."""
+        cells, entries = [], []
+        while first != NONE:
+            word = self.words[self._cells_at + first]
+            cells.append(first)
+            entries.append(word >> 32)
+            first = word & NONE
+        return cells, entries
+
+
+class Slots:
+    """The free slots of one table: always the lowest is given, so a reload gives the same ones.
+
+    Slots that were never used are a number, not a list: a table of 100,000 costs nothing.
+    """
+
+    __slots__ = ("_fresh", "_limit", "_returned", "_what")
+
+    def __init__(self, limit: int, what: str, taken: set[int] | None = None) -> None:
+        taken = taken or set()
+        self._limit = limit
+        self._what = what
+        self._fresh = max(taken, default=-1) + 1  # this one and all above are free
+        self._returned = sorted(set(range(self._fresh)) - taken)  # a sorted list is a heap
+
+    def take(self) -> int:
+        """The lowest free slot; `BrokerFull` if there is none."""
+        if self._returned:
+            return heappop(self._returned)
+        if self._fresh >= self._limit:
+            raise BrokerFull(self._what, self._limit)
+        self._fresh += 1
+        return self._fresh - 1
+
+    def take_many(self, count: int) -> list[int]:
+        """`count` free slots, or `BrokerFull` and none."""
+        if count > len(self._returned) + self._limit - self._fresh:
+            raise BrokerFull(self._what, self._limit)
+        return [self.take() for _ in range(count)]
+
+    def give(self, slot: int) -> None:
+        """Take a slot back."""
+        heappush(self._returned, slot)

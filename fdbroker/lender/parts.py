@@ -1,0 +1,141 @@
+"""What the lender keeps account of: peers, sessions, their loans, and entries.
+
+Plain records with the states they can be in; what moves them is in `lender.py`.
+
+    session   FREE -> IDLE -> WAITING -> LENT -> IDLE -> ... -> FREE
+                      IDLE -> CLOSING -> IDLE    (it waits for the final close of an entry)
+    entry     FREE -> LIVE -> RETIRING -> FREE   (at once without loans, else with the last one)
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fdbroker.rc import FD
+
+FREE, IDLE, WAITING, LENT, CLOSING = range(5)  # a session's states
+LIVE, RETIRING = 1, 2  # an entry's states, beside FREE
+
+EXCLUSIVE, READONLY = 1, 2  # a loan's flags in the ledger
+EPHEMERAL, NAMELESS = 1, 2  # an entry's flags in the ledger
+
+FOREVER = 0  # a deadline that never comes
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a session, as the kernel says.  `pid` 0 is: unknown."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+class Entry:
+    """A descriptor that the broker keeps under a name, or nameless under a ticket."""
+
+    __slots__ = (
+        "ephemeral",
+        "fd",
+        "generation",
+        "held_exclusively",
+        "holders",
+        "kind",
+        "line",
+        "maker",
+        "maker_seq",
+        "name",
+        "owner",
+        "since",
+        "slot",
+        "state",
+        "ticket",
+        "turns",
+        "uid",
+        "watchers",
+    )
+
+    def __init__(self, slot: int, name: str, ticket: bytes, generation: int, fd: FD) -> None:
+        self.slot = slot
+        self.name = name
+        self.ticket = ticket
+        self.generation = generation
+        self.fd = fd
+        self.state = LIVE
+        self.kind = 0
+        self.maker = 0  # the id of the session that put it, and ...
+        self.maker_seq = 0  # ... the seq of that request
+        self.ephemeral = False  # it retires when ...
+        self.owner: Session | None = None  # ... this session ends
+        self.since = 0
+        self.uid = 0
+        self.holders: dict[int, Session] = {}  # by slot: who has it on loan
+        self.held_exclusively = False
+        self.line: OrderedDict[int, Session] = OrderedDict()  # who waits for it, in order
+        self.turns = 0  # how many of those wait for it exclusively
+        self.watchers: dict[int, Session] = {}  # by slot: who waits for its final close
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.name or self.ticket.hex()!r} generation {self.generation}>"
+
+
+class Loan:
+    """What one borrow call got, or waits for: one entry, or several at once."""
+
+    __slots__ = (
+        "arrival",
+        "cells",
+        "entries",
+        "exclusive",
+        "purpose",
+        "readonly",
+        "seq",
+        "since",
+    )
+
+    def __init__(
+        self, seq: int, entries: list[Entry], exclusive: bool, readonly: bool, purpose: str
+    ) -> None:
+        self.seq = seq  # of the borrow request; with the session's id it names the loan
+        self.entries = entries
+        self.exclusive = exclusive
+        self.readonly = readonly
+        self.purpose = purpose
+        self.arrival = 0  # its place among all that wait
+        self.since = 0  # when it was granted
+        self.cells: list[int] = []
+
+
+class Session:
+    """One connection of a client process: at most one loan, or one wait."""
+
+    __slots__ = (
+        "asked",
+        "asked_seq",
+        "awaited",
+        "deadline",
+        "id",
+        "loan",
+        "owned",
+        "peer",
+        "seq",
+        "slot",
+        "state",
+    )
+
+    def __init__(self, slot: int, id: int, peer: Peer) -> None:
+        self.slot = slot
+        self.id = id
+        self.peer = peer
+        self.seq = 0  # of the last message that was acted upon
+        self.state = IDLE
+        self.loan: Loan | None = None  # while WAITING or LENT
+        self.awaited: Entry | None = None  # while CLOSING
+        self.asked = 0  # while WAITING or CLOSING: since when, ...
+        self.asked_seq = 0  # ... by which request, ...
+        self.deadline = FOREVER  # ... and until when
+        self.owned: dict[int, Entry] = {}  # by slot: ephemeral entries, which end with it
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} of {self.peer}>"
