@@ -1,0 +1,66 @@
+"""Topic `cycle`: borrow + return, one client with one thread, against BASE.
+
+The broker's variants have everything on: names, rules, quotas, ledger, msgpack.  The goals are
+those of the design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
+from benchmarks.harness import Run, Topic, Variant, needs
+
+MANY = 32
+
+
+@contextmanager
+def borrow(*, exclusive: bool = False) -> Iterator[Run]:
+    broker_class = needs("fdbroker", "Broker")
+    with lent_file() as file, broker_class() as broker:
+        broker.put("x", file)
+
+        def shared(n: int) -> None:
+            borrow = broker.borrow
+            for _ in range(n):
+                borrow("x").close()
+
+        def in_turn(n: int) -> None:
+            borrow = broker.borrow
+            for _ in range(n):
+                borrow("x", exclusive=True).close()
+
+        yield in_turn if exclusive else shared
+
+
+@contextmanager
+def borrow_all() -> Iterator[Run]:
+    broker_class = needs("fdbroker", "Broker")
+    with lent_file() as file, broker_class() as broker:
+        names = [f"x{i}" for i in range(MANY)]
+        for name in names:
+            broker.put(name, file)
+
+        def run(n: int) -> None:
+            borrow_all = broker.borrow_all
+            for _ in range(n):
+                borrow_all(names).close()
+
+        yield run
+
+
+TOPIC = Topic(
+    name="cycle",
+    unit="borrow + return of one descriptor",
+    cycles=3200,
+    variants=(
+        BASE,
+        BASE_C,
+        Variant("borrow", borrow, against="base", goal=1.40),
+        Variant("borrow exclusive", partial(borrow, exclusive=True), against="base"),
+        Variant(f"borrow_all of {MANY}", borrow_all, against="base", per=MANY, goal=0.12),
+    ),
+    check=C_CHECK,
+)

@@ -1,0 +1,93 @@
+"""Topic `rc`: what counting a reference costs, inside one process.
+
+Each statement is repeated in the body of timeit's loop, so that the loop itself weighs little in
+the ratios.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from timeit import Timer
+from typing import Any
+
+from benchmarks.base import lent_file
+from benchmarks.harness import Run, Topic, Variant, needs
+
+UNROLLED = 20
+
+
+class Empty:
+    """Two method calls that do nothing: the least that a pair can cost in Python."""
+
+    __slots__ = ()
+
+    def incref(self) -> None:
+        pass
+
+    def decref(self) -> None:
+        pass
+
+
+@contextmanager
+def statement(text: str, **names: Any) -> Iterator[Run]:
+    """Runs the text with the names as local variables; n counts how often, in steps of UNROLLED."""
+    setup = "; ".join(f"{name} = _{name}" for name in names)
+    body = "\n".join([text] * UNROLLED)
+    timer = Timer(body, setup, globals={f"_{name}": value for name, value in names.items()})
+
+    def run(n: int) -> None:
+        timer.timeit(n // UNROLLED)
+
+    yield run
+
+
+@contextmanager
+def counted(text: str) -> Iterator[Run]:
+    """The same on an `fd` of ours."""
+    fd_class = needs("fdbroker.rc", "FD")
+    with lent_file() as file:
+        fd = fd_class(os.dup(file.fileno()))
+        try:
+            with statement(text, fd=fd) as run:
+                yield run
+        finally:
+            fd.close()
+
+
+@contextmanager
+def duplicated() -> Iterator[Run]:
+    with (
+        lent_file() as file,
+        statement("close(dup(n))", close=os.close, dup=os.dup, n=file.fileno()) as run,
+    ):
+        yield run
+
+
+TOPIC = Topic(
+    name="rc",
+    unit="pair",
+    cycles=100_000,
+    variants=(
+        Variant(
+            "two empty method calls",
+            partial(statement, "fd.incref(); fd.decref()", fd=Empty()),
+            against="two empty method calls",
+        ),
+        Variant(
+            "incref + decref",
+            partial(counted, "fd.incref(); fd.decref()"),
+            against="two empty method calls",
+            goal=2.4,
+        ),
+        Variant("dup + close", duplicated, against="dup + close"),
+        Variant(
+            "with fd.use()",
+            partial(counted, "with fd.use(): pass"),
+            against="dup + close",
+            goal=0.5,
+        ),
+    ),
+)

@@ -1,0 +1,94 @@
+"""Makes the figures: raw rounds in, a Markdown table and a verdict out.
+
+It knows nothing but the JSON of a run, so every figure in a document can be made again from the
+file that it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median, quantiles
+
+from benchmarks.harness import Result
+
+SANE, VOID, UNVERIFIED = "sane", "void", "unverified"
+COLUMNS = (
+    *("variant", "µs, median", "least", "quartiles"),
+    *("ratio", "its quartiles", "against", "goal", "switches"),
+)
+
+
+def table(result: Result) -> str:
+    """The whole run in Markdown."""
+    machine = result["machine"]
+    gil = "on" if machine["gil"] else "off"
+    where = (
+        f"{machine['date']}, commit {machine['commit']}: {machine['cpu']}, {machine['cpus']} CPUs, "
+        f"all pinned to CPU {machine['pinned_to']}, policy {machine['policy']}, load "
+        f"{machine['load']:.2f}; Linux {machine['kernel']}; {machine['python']}, GIL {gil}; "
+        f"{result['rounds']} rounds."
+    )
+    lines = [where]
+    for name, topic in result["topics"].items():
+        lines += ["", f"### {name}: {topic['unit']}", "", *rows(topic), ""]
+        lines += [f"Left out: {one}: {why}." for one, why in topic["left_out"].items()]
+        lines += [judge(topic)[1]]
+    return "\n".join(lines).rstrip()
+
+
+def rows(topic: Result) -> Iterator[str]:
+    """Times are µs for one unit; the ratio is the median of the rounds' ratios."""
+    yield "| " + " | ".join(COLUMNS) + " |"
+    yield "|---" * len(COLUMNS) + "|"
+    for variant in topic["variants"]:
+        times = micros(variant)
+        goal = "" if variant["goal"] is None else f"{variant['goal']:.2f}"
+        switches = median(variant["switches"]) / (variant["runs"] * variant["per"])
+        cells = [variant["name"], f"{median(times):.3f}", f"{min(times):.3f}", spread(times)]
+        if variant["against"] == variant["name"]:
+            cells += ["1", "", ""]
+        elif variant["against"] in topic["left_out"]:
+            cells += ["", "", variant["against"]]
+        else:
+            shares = ratios(topic, variant)
+            cells += [f"{median(shares):.3f}", spread(shares), variant["against"]]
+        yield "| " + " | ".join([*cells, goal, f"{switches:.2f}"]) + " |"
+
+
+def judge(topic: Result) -> tuple[str, str]:
+    """Whether the run can be believed, and a sentence about it (empty if there is no check)."""
+    check = topic["check"]
+    if check is None:
+        return SANE, ""
+    try:
+        ratio = median(ratios(topic, find(topic, check["variant"])))
+    except LookupError:
+        why = topic["left_out"].get(check["variant"], "it was not run")
+        return UNVERIFIED, f"**unverified**: {check['variant']} is missing ({why})."
+    verdict = SANE if check["low"] <= ratio <= check["high"] else VOID
+    expected = f"{check['low']:.2f}-{check['high']:.2f} expected"
+    return verdict, f"**{verdict}**: {check['variant']} is {ratio:.3f} of its base, {expected}."
+
+
+def ratios(topic: Result, variant: Result) -> list[float]:
+    """The variant's time over that of its base, in each round."""
+    other = find(topic, variant["against"])
+    pairs = zip(micros(variant), micros(other), strict=True)
+    return [mine / theirs for mine, theirs in pairs]
+
+
+def find(topic: Result, name: str) -> Result:
+    for variant in topic["variants"]:
+        if variant["name"] == name:
+            found: Result = variant
+            return found
+    raise LookupError(name)
+
+
+def micros(variant: Result) -> list[float]:
+    return [ns / 1000 / (variant["runs"] * variant["per"]) for ns in variant["ns"]]
+
+
+def spread(figures: list[float]) -> str:
+    lower, _, upper = quantiles(figures, n=4, method="inclusive")
+    return f"{lower:.3f}-{upper:.3f}"
