@@ -30,7 +30,7 @@ class FDBrokerError(Exception):
     fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        cls.fields = tuple(cls.__annotations__)
+        cls.fields = (*cls.fields, *cls.__annotations__)
 
     def __init__(self, *data: Any, **named: Any) -> None:
         given = dict(zip(self.fields, data, strict=False)) | named

@@ -4,14 +4,15 @@ Everything the lender decides is written through to here before anybody is told,
 process could map the same buffer and go on.  Three tables follow a header, each of 64-bit words
 in the machine's order:
 
-    sessions   one record each: its seq, and its loan or its place in a waiting line
+    sessions   one record each: its seq and id, and its loan or its place in a waiting line
     entries    one record each: name or ticket, generation, kind, who made it with which seq
     cells      one word each: the second, third, ... entry of a loan of several, as a linked list
 
 The first word of a record is its **commit word**: a state in the low eight bits, above it the seq
 (sessions) or the generation (entries).  Fields are written first and the commit word last, and
-the fields that a change writes have no meaning in the state that the record is in until then.  So
-a record is true at every instant, wherever its writer was stopped; a grant or a return is one word.
+the fields that a change writes have no meaning in the state that the record is in until then (a
+session's id always has: it is written once, while the slot is free).  So a record is true at every
+instant, wherever its writer was stopped; a grant or a return is one word.
 Cells have no state: those that no session's record leads to are free.
 
 The ledger knows nothing of what the records mean; times are nanoseconds of CLOCK_BOOTTIME, which
@@ -26,15 +27,14 @@ from typing import NamedTuple
 
 from fdbroker.errors import BrokerFull
 
-MAGIC = 0x31_72_65_67_64_65_6C_66  # "flegder1", the layout below; another layout, another number
+MAGIC = 0x31_72_65_67_64_65_6C_66  # "fledger1", the layout below; another layout, another number
 HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
 NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
 
-SESSION = struct.Struct("=QQQQQQIIIHH128s")  # after the commit word
-SESSION_FIXED = struct.Struct("=QQQQQQIIIHH")  # the same without the purpose: the hot path's
-SESSION_WORDS = 1 + SESSION.size // 8
-SINCE = struct.Struct("=Q")
-SINCE_OFFSET = 8 * 5  # of `since` in a session's record, commit word included
+SESSION = struct.Struct("=QQQQQIIIHH128s")  # after the commit word and the id
+SESSION_FIXED = struct.Struct("=QQQQQIIIHH")  # the same without the purpose: the hot path's
+SESSION_WORDS = 2 + SESSION.size // 8
+SINCE_WORD = 5  # where `since` is in a session's record, commit word and id included
 
 ENTRY = struct.Struct("=QQQIBBH256s")  # after the commit word
 ENTRY_WORDS = 1 + ENTRY.size // 8
@@ -45,9 +45,8 @@ NONE = 0xFFFFFFFF  # no entry, no cell
 
 
 class SessionRecord(NamedTuple):
-    """A session's fields, in the order of the record."""
+    """What a session asked for and got, in the order of the record; without meaning while IDLE."""
 
-    id: int
     borrow_seq: int
     arrival: int
     asked: int
@@ -102,6 +101,8 @@ class Ledger:
     ) -> None:
         self.buffer = memoryview(buffer).cast("B")
         self.words = self.buffer[: len(self.buffer) // 8 * 8].cast("Q")
+        if len(self.buffer) < self.size(0, 0, 0):
+            raise ValueError("the buffer is too small for a ledger")
         if self.words[0] == 0:
             if len(self.buffer) < self.size(sessions, entries, cells):
                 raise ValueError("the buffer is too small for that many records")
@@ -114,6 +115,8 @@ class Ledger:
         if self.words[0] != MAGIC:
             raise ValueError("the buffer holds something else, or a ledger of another version")
         self.sessions, self.entries, self.cells = self.words[1:4]
+        if len(self.buffer) < self.size(self.sessions, self.entries, self.cells):
+            raise ValueError("the buffer is only the beginning of a ledger")
         self._sessions_at = HEADER_WORDS
         self._entries_at = self._sessions_at + self.sessions * SESSION_WORDS
         self._cells_at = self._entries_at + self.entries * ENTRY_WORDS
@@ -131,9 +134,13 @@ class Ledger:
 
     # --- sessions ---
 
+    def write_session_id(self, slot: int, id: int) -> None:
+        """Write the id of a new session, into a free slot."""
+        self.words[self._sessions_at + slot * SESSION_WORDS + 1] = id
+
     def write_session(self, slot: int, record: SessionRecord) -> None:
         """Write a session's fields; they mean nothing until `commit_session`."""
-        at = (self._sessions_at + slot * SESSION_WORDS + 1) * 8
+        at = (self._sessions_at + slot * SESSION_WORDS + 2) * 8
         if record.purpose_size:
             SESSION.pack_into(self.buffer, at, *record)
         else:
@@ -141,21 +148,19 @@ class Ledger:
 
     def write_since(self, slot: int, since: int) -> None:
         """Write the time of a grant, meaningless as long as the session waits."""
-        SINCE.pack_into(
-            self.buffer, (self._sessions_at + slot * SESSION_WORDS) * 8 + SINCE_OFFSET, since
-        )
+        self.words[self._sessions_at + slot * SESSION_WORDS + SINCE_WORD] = since
 
     def commit_session(self, slot: int, seq: int, state: int) -> None:
         """Make the session's record true: the one word that everything rests on."""
         self.words[self._sessions_at + slot * SESSION_WORDS] = seq << STATE_BITS | state
 
-    def read_session(self, slot: int) -> tuple[int, int, SessionRecord]:
-        """(seq, state, fields) of a session's record."""
+    def read_session(self, slot: int) -> tuple[int, int, int, SessionRecord]:
+        """(seq, state, id, fields) of a session's record."""
         at = self._sessions_at + slot * SESSION_WORDS
-        record = SessionRecord(*SESSION.unpack_from(self.buffer, (at + 1) * 8))
-        commit = self.words[at]
+        commit, id = self.words[at : at + 2]
+        record = SessionRecord(*SESSION.unpack_from(self.buffer, (at + 2) * 8))
         purpose = record.purpose[: record.purpose_size]
-        return commit >> STATE_BITS, commit & STATE_MASK, record._replace(purpose=purpose)
+        return commit >> STATE_BITS, commit & STATE_MASK, id, record._replace(purpose=purpose)
 
     def session_states(self) -> list[int]:
         """The state of every session slot, free ones included."""
@@ -209,27 +214,27 @@ class Slots:
     Slots that were never used are a number, not a list: a table of 100,000 costs nothing.
     """
 
-    __slots__ = ("_fresh", "_limit", "_returned", "_what")
+    __slots__ = ("_limit", "_returned", "_what", "fresh")
 
     def __init__(self, limit: int, what: str, taken: set[int] | None = None) -> None:
         taken = taken or set()
         self._limit = limit
         self._what = what
-        self._fresh = max(taken, default=-1) + 1  # this one and all above are free
-        self._returned = sorted(set(range(self._fresh)) - taken)  # a sorted list is a heap
+        self.fresh = max(taken, default=-1) + 1  # this one and all above are free
+        self._returned = sorted(set(range(self.fresh)) - taken)  # a sorted list is a heap
 
     def take(self) -> int:
         """The lowest free slot; `BrokerFull` if there is none."""
         if self._returned:
             return heappop(self._returned)
-        if self._fresh >= self._limit:
+        if self.fresh >= self._limit:
             raise BrokerFull(self._what, self._limit)
-        self._fresh += 1
-        return self._fresh - 1
+        self.fresh += 1
+        return self.fresh - 1
 
     def take_many(self, count: int) -> list[int]:
         """`count` free slots, or `BrokerFull` and none."""
-        if count > len(self._returned) + self._limit - self._fresh:
+        if count > len(self._returned) + self._limit - self.fresh:
             raise BrokerFull(self._what, self._limit)
         return [self.take() for _ in range(count)]
 

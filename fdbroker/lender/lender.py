@@ -18,7 +18,7 @@ its entry, and the closer gives back that last reference, where a slow close(2) 
 from __future__ import annotations
 
 from collections import deque
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ from fdbroker.lender.ledger import (
     SessionRecord,
     Slots,
 )
+from fdbroker.lender.names import check_name
 from fdbroker.lender.parts import (
     CLOSING,
     EPHEMERAL,
@@ -95,7 +96,7 @@ class Lender:
     def open(self, peer: Peer) -> Session:
         """A new session; `BrokerFull` if there is no room for one."""
         session = Session(self._session_slots.take(), self.ledger.count(NEXT_SESSION), peer)
-        self.ledger.write_session(session.slot, SessionRecord(session.id, 0, 0, 0, 0, FOREVER))
+        self.ledger.write_session_id(session.slot, session.id)
         self._commit(session, IDLE)
         self.sessions[session.slot] = session
         return session
@@ -139,8 +140,9 @@ class Lender:
     ) -> bool:
         """Grant a loan of all `names` (a ticket is bytes): True; or put it in the line: False.
 
-        `timeout` is in nanoseconds from `now`.  Raises `UnknownEntry`, `UnknownTicket`,
-        `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout` where the timeout is 0.
+        `timeout` is in nanoseconds from `now`, `purpose` at most 128 bytes.  Raises
+        `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout` where
+        the timeout is 0.
         """
         entries = [self.find(name) for name in names]
         loan = Loan(seq, entries, exclusive, readonly, purpose)
@@ -178,21 +180,28 @@ class Lender:
         session.seq = seq
         self._end_loan(session, now)
 
+    def take_back(self, session: Session, now: int) -> None:
+        """The loan ends because its descriptors could not be sent."""
+        self._end_loan(session, now)
+
     def cancel(self, session: Session, seq: int, now: int) -> None:
         """A CANCEL: the wait ends as if its deadline had come.
 
         What was granted already stands, and the client returns it: its descriptor may be on its
         way, so only the client knows when it is gone.
         """
-        self.advance(session, seq)
+        session.seq = seq
         if session.state in (WAITING, CLOSING):
             self._time_out(session, now)
+        else:
+            self._commit(session, session.state)
 
     def find(self, name: str | bytes) -> Entry:
         """The live entry of a name or a ticket; `UnknownEntry` or `UnknownTicket`."""
         if isinstance(name, str):
             entry = self.names.get(name)
             if entry is None:
+                check_name(name)
                 raise UnknownEntry(name)
         else:
             entry = self.tickets.get(name)
@@ -268,7 +277,7 @@ class Lender:
             raise WouldDeadlock(entry.name, pid)
         session.seq = seq
         self._ask(session, seq, now, timeout)
-        record = SessionRecord(session.id, seq, 0, now, 0, session.deadline, entry.slot)
+        record = SessionRecord(seq, 0, now, 0, session.deadline, entry.slot)
         self.ledger.write_session(session.slot, record)
         self._commit(session, CLOSING)
         self.watch(session, entry)
@@ -285,20 +294,28 @@ class Lender:
         del self.entries[entry.slot]
         self._entry_slots.give(entry.slot)
 
+    # --- lists, a page at a time: both tables by slot from `first` on ---
+
+    def entries_from(self, first: int) -> Iterator[Entry]:
+        """Entries, retiring ones included."""
+        for slot in range(first, self._entry_slots.fresh):
+            if slot in self.entries:
+                yield self.entries[slot]
+
+    def sessions_from(self, first: int) -> Iterator[Session]:
+        """Sessions, idle ones included."""
+        for slot in range(first, self._session_slots.fresh):
+            if slot in self.sessions:
+                yield self.sessions[slot]
+
     # --- time ---
 
     def next_deadline(self) -> int | None:
         """When `expire` has something to do, if ever."""
         heap = self._deadlines
-        while heap:
-            deadline, id, seq, slot = heap[0]
-            session = self.sessions.get(slot)
-            if session is not None and (
-                (session.deadline, session.id, session.asked_seq) == (deadline, id, seq)
-            ):
-                return deadline
+        while heap and not self._is_pending(heap[0]):
             heappop(heap)  # that wait is over
-        return None
+        return heap[0][0] if heap else None
 
     def expire(self, now: int) -> None:
         """Decide for everyone whose deadline has come."""
@@ -316,7 +333,6 @@ class Lender:
         self.ledger.write_session(
             session.slot,
             SessionRecord(
-                session.id,
                 loan.seq,
                 loan.arrival,
                 session.asked,
@@ -339,8 +355,17 @@ class Lender:
             self.note_deadline(session)
 
     def note_deadline(self, session: Session) -> None:
-        entry = (session.deadline, session.id, session.asked_seq, session.slot)
-        heappush(self._deadlines, entry)
+        heap = self._deadlines
+        if len(heap) > 2 * len(self.sessions):  # most of them are of waits that are over
+            heap[:] = filter(self._is_pending, heap)
+            heapify(heap)
+        heappush(heap, (session.deadline, session.id, session.asked_seq, session.slot))
+
+    def _is_pending(self, noted: tuple[int, int, int, int]) -> bool:
+        session = self.sessions.get(noted[3])
+        return session is not None and (
+            (session.deadline, session.id, session.asked_seq) == noted[:3]
+        )
 
     def slots_taken(self, sessions: Slots, entries: Slots, cells: Slots) -> None:
         self._session_slots, self._entry_slots, self._cells = sessions, entries, cells
@@ -369,7 +394,7 @@ class Lender:
                 if entry.state == RETIRING and not entry.holders:
                     self.closings.append(entry)
         for entry in loan.entries:
-            if entry.line:
+            if entry.line and (loan.exclusive or entry.turns):
                 self.serve_line(entry, now)
 
     def stand_in_line(self, session: Session) -> None:
@@ -379,14 +404,15 @@ class Lender:
         for entry in loan.entries:
             if session.slot not in entry.line:
                 entry.line[session.slot] = session
-                entry.turns += loan.exclusive
+                if loan.exclusive:
+                    entry.turns[session.slot] = session
 
     def _step_out(self, session: Session, loan: Loan) -> None:
         self.waiting -= 1
         session.deadline = FOREVER
         for entry in loan.entries:
-            if entry.line.pop(session.slot, None) is not None:
-                entry.turns -= loan.exclusive
+            entry.line.pop(session.slot, None)
+            entry.turns.pop(session.slot, None)
 
     def _leave_line(self, session: Session, now: int) -> None:
         """Stop waiting without a grant; those behind may now go."""
@@ -398,21 +424,23 @@ class Lender:
         for cell in loan.cells:
             self._cells.give(cell)
         for entry in loan.entries:
-            if entry.line:
+            if entry.line and (loan.exclusive or entry.turns):
                 self.serve_line(entry, now)
 
     def serve_line(self, entry: Entry, now: int) -> None:
         """Grant what can be granted in the line of `entry`, in order of arrival."""
+        if entry.state != LIVE or entry.held_exclusively:
+            return
         ready: list[Session] = []
         passed_over = False  # somebody who conflicts with later exclusive ones
         for session in entry.line.values():
             loan = session.loan
             assert loan is not None
             if loan.exclusive:
-                if not ready and not passed_over and self._grantable(session, loan):
+                if not ready and not passed_over and self._grantable(loan):
                     ready.append(session)
                 break
-            if self._grantable(session, loan):
+            if self._grantable(loan):
                 ready.append(session)
             else:
                 passed_over = True
@@ -426,18 +454,26 @@ class Lender:
             self.hold(session)
             self.decisions.append((session, loan.seq, None))
 
+    def _grantable(self, loan: Loan) -> bool:
+        return not any(
+            entry.state != LIVE or self._is_held(entry, loan) or self._is_behind(entry, loan)
+            for entry in loan.entries
+        )
+
     @staticmethod
-    def _grantable(session: Session, loan: Loan) -> bool:
-        for entry in loan.entries:
-            if entry.state != LIVE or (entry.holders if loan.exclusive else entry.held_exclusively):
-                return False
-            if loan.exclusive or entry.turns:
-                for earlier in entry.line.values():
-                    if earlier is session:
-                        break
-                    if loan.exclusive or (earlier.loan is not None and earlier.loan.exclusive):
-                        return False
-        return True
+    def _is_held(entry: Entry, loan: Loan) -> bool:
+        """Whether a holder of `entry` conflicts with `loan`."""
+        return bool(entry.holders) if loan.exclusive else entry.held_exclusively
+
+    @staticmethod
+    def _is_behind(entry: Entry, loan: Loan) -> bool:
+        """Whether somebody in the line of `entry` conflicts with `loan` and came earlier."""
+        line = entry.line if loan.exclusive else entry.turns
+        if not line:
+            return False
+        first = next(iter(line.values())).loan
+        assert first is not None
+        return first.arrival < loan.arrival or not loan.arrival
 
     @staticmethod
     def _refuse_own_wait(session: Session, entry: Entry) -> None:
@@ -450,16 +486,15 @@ class Lender:
     def _timed_out(self, loan: Loan, seconds: float, now: int) -> BorrowTimeout:
         """The error that names who has what `loan` waits for."""
 
-        def holders() -> Iterator[tuple[int, int, float, bool]]:
-            for entry in loan.entries:
-                for holder in entry.holders.values():
-                    held = holder.loan
-                    if held is not None and (loan.exclusive or held.exclusive):
-                        seconds_held = (now - held.since) / SECOND
-                        yield holder.peer.pid, holder.peer.uid, seconds_held, held.exclusive
-
-        busy = next((entry for entry in loan.entries if entry.holders), loan.entries[0])
-        return BorrowTimeout(busy.name, seconds, list(islice(holders(), HOLDERS_NAMED)))
+        held = [entry for entry in loan.entries if self._is_held(entry, loan)]
+        busy = held or [entry for entry in loan.entries if self._is_behind(entry, loan)]
+        holders: dict[int, tuple[int, int, float, bool]] = {}
+        for entry in held:
+            for slot, holder in islice(entry.holders.items(), HOLDERS_NAMED):
+                assert holder.loan is not None
+                peer, seconds_held = holder.peer, (now - holder.loan.since) / SECOND
+                holders[slot] = peer.pid, peer.uid, seconds_held, holder.loan.exclusive
+        return BorrowTimeout(busy[0].name, seconds, list(holders.values())[:HOLDERS_NAMED])
 
     def _time_out(self, session: Session, now: int) -> None:
         """Stop a wait, of either kind, at its deadline."""
@@ -478,7 +513,6 @@ class Lender:
         self.decisions.append((session, session.asked_seq, error))
 
     def enter(self, entry: Entry) -> None:
-        entry.fd.incref()  # the closer's
         self.entries[entry.slot] = entry
         if entry.state == LIVE and entry.name:
             self.names[entry.name] = entry

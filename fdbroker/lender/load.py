@@ -8,6 +8,7 @@ in which it was going:
     two live entries of one name            a replace: the older generation retires
     an entry newer than its maker's seq     a put whose request was not noted: the seq follows
     an ephemeral entry without its session  that session has ended: the entry retires
+    a wait for the close of a live entry    a retire: the entry retires
     a wait for a retiring entry             it is told so
     a wait that nothing holds back          it is granted
     a retiring entry without loans          it is to be closed
@@ -93,8 +94,8 @@ def _entry(ledger: Ledger, slot: int, fd: FD) -> Entry:
 
 
 def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -> Session:
-    seq, state, record = ledger.read_session(slot)
-    session = Session(slot, record.id, peer)
+    seq, state, id, record = ledger.read_session(slot)
+    session = Session(slot, id, peer)
     session.seq, session.state = seq, state
     if state in (WAITING, CLOSING):
         session.asked, session.asked_seq = record.asked, record.borrow_seq
@@ -139,7 +140,7 @@ def _enter_entries(
             retiring[replaced.slot] = replaced
         if entry.ephemeral:
             entry.owner = maker
-        if entry.state == RETIRING or (entry.ephemeral and maker is None):
+        if entry.state == RETIRING or entry.watchers or (entry.ephemeral and maker is None):
             retiring[entry.slot] = entry
         lender.enter(entry)
     return retiring

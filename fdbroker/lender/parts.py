@@ -50,10 +50,12 @@ class Entry:
         "since",
         "slot",
         "state",
+        "sysfd",
         "ticket",
         "turns",
         "uid",
         "watchers",
+        "where",
     )
 
     def __init__(self, slot: int, name: str, ticket: bytes, generation: int, fd: FD) -> None:
@@ -62,6 +64,8 @@ class Entry:
         self.ticket = ticket
         self.generation = generation
         self.fd = fd
+        self.sysfd = fd.incref()  # the closer's reference
+        self.where = ""  # its path or address, for people; not in the ledger
         self.state = LIVE
         self.kind = 0
         self.maker = 0  # the id of the session that put it, and ...
@@ -73,7 +77,7 @@ class Entry:
         self.holders: dict[int, Session] = {}  # by slot: who has it on loan
         self.held_exclusively = False
         self.line: OrderedDict[int, Session] = OrderedDict()  # who waits for it, in order
-        self.turns = 0  # how many of those wait for it exclusively
+        self.turns: dict[int, Session] = {}  # those of them who wait for it exclusively
         self.watchers: dict[int, Session] = {}  # by slot: who waits for its final close
 
     def __repr__(self) -> str:

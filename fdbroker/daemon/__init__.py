@@ -1,0 +1,1 @@
+"""What `fdbroker serve` adds to the server: signals, readiness, limits, its owner."""

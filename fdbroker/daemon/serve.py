@@ -1,0 +1,97 @@
+"""The broker process: a server with its books, its signals, and the process it belongs to.
+
+SIGTERM and SIGINT drain it with a deadline; a second one stops it now.  A private broker has an
+owner, whose end it is told by a pidfd (a pipe would live on in a forked worker): it then drains
+without a deadline, lends nothing more, and is gone with the last loan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+from fdbroker.ipc.server import Server
+from fdbroker.ipc.unix import Listener
+from fdbroker.lender import Ledger, Lender
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+ENTRIES = 131_072  # room in the ledger; pages that are never written take no memory
+CELLS = 262_144
+DRAIN_SECONDS = 10.0
+
+log = logging.getLogger("fdbroker")
+
+
+def serve(
+    address: str,
+    *,
+    ready_fd: int | None = None,
+    owner_fd: int | None = None,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> None:
+    """Serve at `address` until drained.
+
+    ready_fd: a newline is written to it when clients can connect; then it is closed.
+    owner_fd: the pidfd of the process it belongs to.
+    Raises `AlreadyServing`, `BadAddress`, OSError.
+    """
+    sessions = _raise_file_limit()
+    buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
+    lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
+    server = Server(Listener(address), lender)
+    try:
+        with _signals(server, drain_seconds):
+            if owner_fd is not None:
+                _watch_owner(server, owner_fd)
+            log.info("event=ready address=%s pid=%d", address, os.getpid())
+            if ready_fd is not None:
+                os.write(ready_fd, b"\n")
+                os.close(ready_fd)
+            server.run()
+    finally:
+        server.close()
+
+
+def _raise_file_limit() -> int:
+    """Raise the soft limit of open files to the hard one: the result."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return min(hard, 1_048_576)  # fs.nr_open, where the limit is "unlimited"
+
+
+def _watch_owner(server: Server, owner_fd: int) -> None:
+    def owner_has_ended() -> None:
+        server.unwatch(owner_fd)
+        os.close(owner_fd)
+        server.drain(None)
+
+    server.watch(owner_fd, owner_has_ended)
+
+
+@contextlib.contextmanager
+def _signals(server: Server, drain_seconds: float):  # type: ignore[no-untyped-def]
+    """SIGTERM and SIGINT wake the loop, which then drains; nothing is ever raised in it."""
+    arrived = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        os.eventfd_write(arrived, 1)
+
+    def drain() -> None:
+        os.eventfd_read(arrived)
+        server.drain(0.0 if server.draining else drain_seconds)
+
+    server.watch(arrived, drain)
+    before = {number: signal.signal(number, arrive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(arrived)

@@ -1,0 +1,38 @@
+"""The default client of a process, for programs that need no more than one broker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fdbroker.ipc.address import default_address
+from fdbroker.ipc.client import Client, HasFileno, client_at
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.loan import Loan
+
+_address: str | None = None
+
+
+def attach(address: str) -> None:
+    """Make the broker at `address` this process's default, for `borrow` and `put`.
+
+    As ``initializer=fdbroker.attach, initargs=(broker.address,)`` of a pool it does so in each
+    worker.  It connects to nothing yet.
+    """
+    global _address
+    _address = address
+
+
+def default_client() -> Client:
+    """The client that `borrow` and `put` use: of the attached address, or the default one."""
+    return client_at(_address if _address is not None else default_address())
+
+
+def borrow(name: str, **how: Any) -> Loan:
+    """`Client.borrow` on the default client."""
+    return default_client().borrow(name, **how)
+
+
+def put(name: str, obj: HasFileno | int, **how: Any) -> int:
+    """`Client.put` on the default client."""
+    return default_client().put(name, obj, **how)

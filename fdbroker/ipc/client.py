@@ -1,0 +1,328 @@
+"""The client: put, borrow, and ask what there is, over a pool of sessions.
+
+A client may be used by any number of threads, and after a fork in the child too: each request or
+loan takes a session of its own, and a child starts with none.  Every method is one request.
+"""
+
+from __future__ import annotations
+
+from time import CLOCK_BOOTTIME, clock_gettime, time
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from fdbroker.descriptors import Kind
+from fdbroker.errors import FDBrokerError, UnknownEntry
+from fdbroker.ipc import messages
+from fdbroker.ipc.address import default_address
+from fdbroker.ipc.loan import Loan
+from fdbroker.ipc.messages import (
+    BORROW,
+    ENTRIES,
+    EPHEMERAL,
+    EXCLUSIVE,
+    LOANS,
+    MORE,
+    NAMELESS,
+    PUT,
+    READONLY,
+    REPLACE,
+    RETIRE,
+    STATS,
+    EntryRow,
+    LoanRow,
+)
+from fdbroker.ipc.pool import Pool
+from fdbroker.ipc.session import Session, StaleSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from fdbroker.ipc.shared import SharedFD
+
+NEAREST_NAMES = 2  # that an UnknownEntry suggests
+NAMES_LOOKED_AT = 1000  # for that, at most
+
+
+class HasFileno(Protocol):
+    """Anything with a descriptor."""
+
+    def fileno(self) -> int: ...
+
+
+class EntryInfo(NamedTuple):
+    """An entry of the broker: what `Client.entries` lists."""
+
+    name: str
+    kind: str
+    where: str
+    """The address of a socket, the path of a file; empty for the rest."""
+    generation: int
+    loans: int
+    waiting: int
+    uid: int
+    """Who put it."""
+    since: float
+    """When, in seconds since the epoch."""
+
+
+class LoanInfo(NamedTuple):
+    """One entry of a live loan: what `Client.loans` lists."""
+
+    entry: str
+    id: str
+    """The same for all entries that were borrowed in one call."""
+    pid: int
+    """As the kernel saw it at connect; 0 if it could not be seen from the broker's namespace."""
+    uid: int
+    since: float
+    exclusive: bool
+    purpose: str
+
+    @property
+    def process(self) -> str:
+        """The borrower's name, or empty if it is gone or another process has its pid by now."""
+        import psutil
+
+        try:
+            process = psutil.Process(self.pid) if self.pid else None
+            if process is not None and process.create_time() <= self.since:
+                return str(process.name())
+        except psutil.Error:
+            pass
+        return ""
+
+
+class Client:
+    """A connection pool to the broker at `address`, a socket's path (see `default_address`).
+
+    It connects when it is first used.  Close it, or use it in a ``with``: loans that are out then
+    stay valid until they are closed.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = default_address() if address is None else address
+        self._pool = Pool(self.address)
+
+    # --- borrowing ---
+
+    def borrow(
+        self,
+        name: str,
+        *,
+        exclusive: bool = False,
+        mode: str | None = None,
+        timeout: float | None = None,
+        purpose: str = "",
+    ) -> Loan:
+        """Borrow the entry `name`, now; the loan is returned by its `close`, ``with`` or death.
+
+        exclusive: nobody else has it meanwhile; waits for its turn, in order of arrival.
+        mode: ``"r"`` for a read-only description with an offset of its own (regular files, memfds).
+        timeout: seconds to wait for the turn; None waits for ever, 0 not at all.
+        purpose: up to 128 bytes that `loans` shows to others.
+
+        Raises `UnknownEntry`, `BorrowTimeout`, `WouldDeadlock`, `EntryRetired`, `UnsupportedKind`
+        (mode), `TooManyFiles`, `NotPermitted`, `BrokerClosing`, `NoBroker`.
+        """
+        return self._borrow(name, (name,), exclusive, mode, timeout, purpose)
+
+    def borrow_all(
+        self,
+        names: Sequence[str],
+        *,
+        exclusive: bool = False,
+        mode: str | None = None,
+        timeout: float | None = None,
+        purpose: str = "",
+    ) -> Loan:
+        """Borrow several entries at once, all or nothing, as one loan.  As `borrow` otherwise."""
+        if not names:
+            raise ValueError("borrow_all needs at least one name")
+        return self._borrow(list(names), names, exclusive, mode, timeout, purpose)
+
+    def borrow_ticket(self, ticket: bytes, **how: Any) -> Loan:
+        """Borrow what a `SharedFD` stands for; `UnknownTicket`.  As `borrow` otherwise."""
+        how = {"exclusive": False, "mode": None, "timeout": None, "purpose": ""} | how
+        return self._borrow(ticket, ("",), **how)
+
+    def _borrow(
+        self,
+        what: str | bytes | list[str],
+        names: Sequence[str],
+        exclusive: bool,
+        mode: str | None,
+        timeout: float | None,
+        purpose: str,
+    ) -> Loan:
+        if mode not in (None, "r"):
+            raise ValueError(f'mode is None or "r", not {mode!r}')
+        flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
+        while True:
+            session = self._pool.take()
+            try:
+                total, _, since = session.request(
+                    BORROW, what, flags, timeout, purpose, timeout=timeout
+                )
+                session.lend(exclusive)
+                while (have := len(session.fds)) < total:
+                    session.request(MORE, have)
+                return Loan(session, names, since)
+            except StaleSession:
+                continue
+            except FDBrokerError as error:
+                if session.thread:  # a part of several was refused
+                    session.end()
+                self._pool.give(session)
+                if isinstance(error, UnknownEntry):
+                    raise self._with_nearest(error) from None
+                raise
+            except BaseException:
+                session.end()
+                raise
+
+    def _with_nearest(self, error: UnknownEntry) -> UnknownEntry:
+        """The same error, with the names that look most like the one asked for."""
+        from difflib import get_close_matches
+        from itertools import islice
+
+        try:
+            names = [entry.name for entry in islice(self._entries(), NAMES_LOOKED_AT)]
+        except FDBrokerError:  # it may not list
+            return error
+        return UnknownEntry(error.name, get_close_matches(error.name, names, NEAREST_NAMES))
+
+    # --- entries ---
+
+    def put(
+        self, name: str, obj: HasFileno | int, *, replace: bool = False, ephemeral: bool = False
+    ) -> int:
+        """Have the broker keep a dup of `obj` under `name`; `obj` stays the caller's.
+
+        replace: an entry of that name retires in the same instant.  ephemeral: it retires when
+        this process ends.  Returns the entry's generation, a number that only grows.  Raises
+        `NameTaken`, `BadName`, `UnsupportedKind`, `NotPermitted`, `BrokerFull`, `BrokerClosing`.
+        """
+        generation, _ = self._put(name, obj, REPLACE * replace, ephemeral)
+        return int(generation)
+
+    def share(self, obj: HasFileno | int) -> SharedFD:
+        """A nameless entry that ends with its owner: ``with client.share(file) as ref:``.
+
+        `ref` can be pickled into any number of processes; each borrows with ``ref.borrow()``.
+        """
+        from fdbroker.ipc.shared import SharedFD
+
+        _, ticket = self._put("", obj, NAMELESS, True)
+        return SharedFD(self.address, bytes(ticket), self)
+
+    def _put(self, name: str, obj: HasFileno | int, flags: int, ephemeral: bool) -> list[Any]:
+        fd = obj if isinstance(obj, int) else obj.fileno()
+        take, give = self._pool.take, self._pool.give
+        if ephemeral:
+            take, give = self._pool.take_owner, self._pool.give_owner
+        return self._request(
+            PUT, name, flags | EPHEMERAL * ephemeral, fds=(fd,), take=take, give=give
+        )
+
+    def retire(self, name: str | bytes, wait: bool = False, timeout: float | None = None) -> None:
+        """The entry refuses new borrows from now on, its name is free, its last return closes it.
+
+        wait: return when that close has happened, at most `timeout` seconds from now.  Raises
+        `UnknownEntry`, `RetireTimeout`, `CloseFailed`, and `WouldDeadlock` (with nothing changed)
+        if this process has it on loan itself.
+        """
+        wait_for = timeout if wait else None
+        try:
+            self._request(RETIRE, name, bool(wait), wait_for, timeout=wait_for)
+        except UnknownEntry as error:
+            raise self._with_nearest(error) from None
+
+    def entries(self) -> list[EntryInfo]:
+        """All entries that can be borrowed by name, or are retiring with loans still out."""
+        return list(self._entries())
+
+    def _entries(self) -> Iterator[EntryInfo]:
+        cursor, since_boot = 0, _boot()
+        while True:
+            cursor, rows = self._request(ENTRIES, cursor, size=messages.MESSAGE_BYTES)
+            for row in rows:
+                name, kind, where, generation, loans, waiting, uid, since = EntryRow(*row)
+                yield EntryInfo(
+                    *(name, Kind(kind).label, where, generation, loans, waiting, uid),
+                    since=since_boot + since / 1e9,
+                )
+            if not cursor:
+                return
+
+    def loans(self, name: str | None = None) -> list[LoanInfo]:
+        """All loans that are out, or those of the entry `name` (of retiring ones too)."""
+        found: list[LoanInfo] = []
+        cursor, index, since_boot = 0, 0, _boot()
+        while True:
+            cursor, index, rows = self._request(
+                LOANS, name or "", cursor, index, size=messages.MESSAGE_BYTES
+            )
+            for row in rows:
+                info = LoanRow(*row)
+                found.append(LoanInfo(*info)._replace(since=since_boot + info.since / 1e9))
+            if not cursor and not index:
+                return found
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the broker: sessions, entries, loans, waiting, descriptors, and more."""
+        (pairs,) = self._request(STATS)
+        return dict(pairs)
+
+    # --- the client itself ---
+
+    def _request(self, verb: int, *fields: Any, **how: Any) -> list[Any]:
+        take = how.pop("take", self._pool.take)
+        give = how.pop("give", self._pool.give)
+        while True:
+            session: Session = take()
+            try:
+                reply = session.request(verb, *fields, **how)
+            except StaleSession:
+                continue
+            except FDBrokerError:
+                give(session)
+                raise
+            except BaseException:
+                session.end()
+                raise
+            give(session)
+            return reply
+
+    def close(self) -> None:
+        """End the idle sessions.  Ephemeral entries stay, they end with the process."""
+        self._pool.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.address}>"
+
+
+def _boot() -> float:
+    """When CLOCK_BOOTTIME was zero, in seconds since the epoch."""
+    return time() - clock_gettime(CLOCK_BOOTTIME)
+
+
+_clients: dict[str, Client] = {}
+
+
+def client_at(address: str) -> Client:
+    """This process's own client of that address, made once."""
+    client = _clients.get(address)
+    if client is None:
+        client = _clients.setdefault(address, Client(address))
+    return client

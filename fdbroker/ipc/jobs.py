@@ -1,0 +1,168 @@
+"""The slow parts of what the broker does: look at what was put, open anew, close."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from fdbroker import descriptors
+from fdbroker.errors import BrokerClosing, FDBrokerError, UnsupportedKind
+from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode
+from fdbroker.ipc.session import too_many_files
+from fdbroker.ipc.workers import Job
+from fdbroker.rc import FD
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.connection import Connection
+    from fdbroker.ipc.server import Server
+    from fdbroker.lender.parts import Entry
+
+log = logging.getLogger("fdbroker")
+
+
+class Request(Job):
+    """A request of a client.  Its session is not cleared before it is back."""
+
+    connection: Connection
+
+    def finish(self, server: Server) -> None:
+        self.connection.job = None
+        self.answer(server)
+        if self.connection.ended:
+            server.end(self.connection)
+
+    @abstractmethod
+    def answer(self, server: Server) -> None:
+        """What follows, and the reply."""
+
+
+class Put(Request):
+    """Look at a descriptor that a client has put, then enter it."""
+
+    def __init__(self, connection: Connection, seq: int, name: str, flags: int, sysfd: int) -> None:
+        self.connection = connection
+        self.seq = seq
+        self.name = name
+        self.flags = flags
+        self.sysfd = sysfd
+        self.fd: FD | None = None
+        self.kind = descriptors.Kind.OTHER
+        self.where = ""
+        self.error: FDBrokerError | None = None
+
+    def run(self) -> None:
+        try:
+            self.kind, self.where = descriptors.inspect(self.sysfd)
+            self.fd = FD(self.sysfd)
+        except FDBrokerError as error:
+            self.error = error
+        except OSError as error:
+            self.error = UnsupportedKind("unknown", f"it cannot be looked at ({error.strerror})")
+        if self.error is not None:
+            os.close(self.sysfd)
+
+    def answer(self, server: Server) -> None:
+        if self.fd is None:
+            assert self.error is not None
+            server.refuse(self.connection, self.seq, self.error)
+            return
+        try:
+            entry = self._enter(server, self.fd)
+        except FDBrokerError as error:
+            server.workers.submit(Discard([self.fd.detach()]))
+            server.refuse(self.connection, self.seq, error)
+            return
+        entry.where = self.where
+        server.custody.keep_entry(entry.slot, entry.sysfd)
+        server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
+
+    def _enter(self, server: Server, fd: FD) -> Entry:
+        if server.draining or self.connection.ended:
+            raise BrokerClosing()
+        return server.lender.put(
+            self.connection.session,
+            self.seq,
+            self.name,
+            os.urandom(TICKET_BYTES) if self.flags & NAMELESS else b"",
+            fd,
+            self.kind,
+            server.now(),
+            replace=bool(self.flags & REPLACE),
+            ephemeral=bool(self.flags & EPHEMERAL),
+        )
+
+
+class Discard(Job):
+    """Close what was not kept, or was opened for one message only."""
+
+    def __init__(self, fds: list[int]) -> None:
+        self.fds = fds
+
+    def run(self) -> None:
+        for fd in self.fds:
+            descriptors.switch_linger_off(fd)
+            os.close(fd)
+
+    def finish(self, server: Server) -> None:
+        pass
+
+
+class Close(Job):
+    """Give back an entry's last reference: the final close."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        descriptors.switch_linger_off(self.entry.sysfd)
+        self.entry.fd.decref()
+        try:
+            self.entry.fd.wait_closed()
+        except OSError as error:
+            self.error = error
+
+    def finish(self, server: Server) -> None:
+        if self.error is not None:
+            log.error("event=close-failed entry=%s error=%r", self.entry.name, str(self.error))
+        server.custody.drop_entry(self.entry.slot)
+        server.lender.closed(self.entry, self.error)
+        server.resume_accepting()
+
+
+class Reopen(Request):
+    """Open the files of a read-only loan anew, for one message of it.
+
+    The session is not cleared meanwhile, so the loan's references keep `sysfds` what they are.
+    """
+
+    def __init__(self, connection: Connection, seq: int, offset: int, sysfds: list[int]) -> None:
+        self.connection = connection
+        self.seq = seq
+        self.offset = offset
+        self.sysfds = sysfds
+        self.fresh: list[int] = []
+        self.error: FDBrokerError | None = None
+
+    def run(self) -> None:
+        try:
+            for sysfd in self.sysfds:
+                self.fresh.append(descriptors.reopen_read_only(sysfd))
+        except FDBrokerError as error:
+            self.error = error
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.error = too_many_files("broker")
+            else:
+                reason = f"it cannot be opened anew for reading ({error.strerror})"
+                self.error = UnsupportedKind("file", reason)
+
+    def answer(self, server: Server) -> None:
+        if self.error is not None:
+            server.workers.submit(Discard(self.fresh))
+            server.take_back(self.connection, self.seq, self.error)
+        else:
+            server.send_loan(self.connection, self.seq, self.offset, self.fresh)

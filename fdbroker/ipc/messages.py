@@ -1,0 +1,220 @@
+"""What is said: every message is one msgpack array, and this is the table of them.
+
+    request   [verb, seq, field, ...]        reply   [0, seq, field, ...]
+                                             refusal [code, seq, field, ...]  (code: errors.py)
+
+`seq` counts a session's requests, from 1, without a gap; a reply carries the seq of its request.
+HELLO comes first and has seq 0.  RETURN and CANCEL get no reply: CANCEL hastens the reply to the
+request before it.  A name is a str, a ticket is bytes; both are welcome wherever a `name` is.
+
+Nothing here knows of sockets.  A request is looked at field by field before anybody acts on it;
+what does not fit the table is a `ProtocolError` of whoever sent it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgpack
+
+from fdbroker import errors
+from fdbroker.errors import FDBrokerError, ProtocolError
+
+VERSION = 1
+MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
+REPLY_BYTES = 4096  # of every reply that is not a page
+DESCRIPTORS = 253  # SCM_MAX_FD of the kernel (include/net/scm.h)
+NAME_BYTES = 255  # as a file's name (NAME_MAX)
+NAMES = 4096  # of one borrow_all
+TICKET_BYTES = 16
+PURPOSE_BYTES = 128
+TIMEOUT_SECONDS = 10**9  # thirty years; more is meant to be None
+SEQ = 2**53
+CURSOR = 2**32
+PAGE_ROWS = 64  # of at most 1,000 bytes each: a page stays below MESSAGE_BYTES
+WHERE_CHARS = 128  # of the address or the path in a row
+
+EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
+REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
+
+
+class Field(NamedTuple):
+    """One field: its types, and the limit of its value (a number) or its length (all else)."""
+
+    name: str
+    types: tuple[type, ...]
+    limit: int
+    least: int = 0
+
+    def check(self, value: object) -> None:
+        """Raise `ProtocolError` unless `value` will do."""
+        if type(value) not in self.types:
+            raise ProtocolError("client", f"{self.name} is of the wrong type")
+        size = value if isinstance(value, (int, float)) else _size(value)
+        if not self.least <= size <= self.limit:  # so written that a NaN fails
+            raise ProtocolError("client", f"{self.name} is not within {self.least} to {self.limit}")
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, list):
+        for part in value:
+            _NAME.check(part)
+        return len(value)
+    return len(value) if isinstance(value, bytes) else 0
+
+
+_NAME = Field("name", (str, bytes), NAME_BYTES)
+_NAMES = Field("names", (str, bytes, list), NAMES, least=1)
+_TIMEOUT = Field("timeout", (int, float, type(None)), TIMEOUT_SECONDS)
+
+
+class Verb(NamedTuple):
+    """One request: what it is called, what it carries, and what a peer needs to be granted."""
+
+    name: str
+    right: str
+    fields: tuple[Field, ...]
+    takes_descriptor: bool = False
+    one_way: bool = False
+
+
+HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
+
+VERBS: dict[int, Verb] = {
+    HELLO: Verb("hello", "", (Field("version", (int,), 2**31),)),
+    BORROW: Verb(
+        "borrow",
+        "borrow",
+        (_NAMES, Field("flags", (int,), 3), _TIMEOUT, Field("purpose", (str,), PURPOSE_BYTES)),
+    ),
+    MORE: Verb("more", "borrow", (Field("offset", (int,), NAMES),)),
+    RETURN: Verb("return", "", (), one_way=True),
+    CANCEL: Verb("cancel", "", (), one_way=True),
+    PUT: Verb(
+        "put",
+        "put",
+        (Field("name", (str,), NAME_BYTES), Field("flags", (int,), 7)),
+        takes_descriptor=True,
+    ),
+    RETIRE: Verb("retire", "retire", (_NAME, Field("wait", (bool,), 1), _TIMEOUT)),
+    ENTRIES: Verb("entries", "list", (Field("cursor", (int,), CURSOR),)),
+    LOANS: Verb(
+        "loans",
+        "list",
+        (
+            Field("name", (str,), NAME_BYTES),
+            Field("cursor", (int,), CURSOR),
+            Field("index", (int,), NAMES),
+        ),
+    ),
+    STATS: Verb("stats", "list", ()),
+}
+REPLIES: dict[int, int] = {  # how many fields the reply to each verb has
+    HELLO: 1,  # version
+    BORROW: 3,  # descriptors of the whole loan, of this message, since (ns of CLOCK_BOOTTIME)
+    MORE: 3,  # the same
+    PUT: 2,  # generation, ticket
+    RETIRE: 0,
+    ENTRIES: 2,  # the cursor of the next page (0: none), rows
+    LOANS: 3,  # the cursor and index of the next page (0, 0: none), rows
+    STATS: 1,  # [name, number] pairs
+}
+
+
+class EntryRow(NamedTuple):
+    """An entry as ENTRIES lists it."""
+
+    name: str
+    kind: int
+    where: str
+    generation: int
+    loans: int
+    waiting: int
+    uid: int
+    since: int
+
+
+class LoanRow(NamedTuple):
+    """One entry of a loan as LOANS lists it; `id` is its session's and the seq of its borrow."""
+
+    name: str
+    id: str
+    pid: int
+    uid: int
+    since: int
+    exclusive: bool
+    purpose: str
+
+
+_packer = msgpack.Packer()  # one call packs one message, so threads can share it
+_ERRORS = errors.by_code()
+
+
+def encode(message: list[Any]) -> bytes:
+    """The bytes of one message."""
+    packed: bytes = _packer.pack(message)
+    return packed
+
+
+def encode_error(seq: int, error: FDBrokerError) -> bytes:
+    """The bytes of a refusal."""
+    return encode([error.code, seq, *error.data])
+
+
+def _decode(data: bytes | bytearray | memoryview, side: str) -> list[Any]:
+    try:
+        message = msgpack.unpackb(data)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError(side, f"no msgpack array ({type(error).__name__})") from None
+    if type(message) is not list or len(message) < 2:
+        raise ProtocolError(side, "a message is an array of two or more")
+    code, seq = message[0], message[1]
+    if type(code) is not int or type(seq) is not int or not 0 <= seq < SEQ:
+        raise ProtocolError(side, "a message begins with its verb and its seq")
+    return message
+
+
+def decode_request(data: bytes | bytearray | memoryview) -> tuple[int, int, list[Any]]:
+    """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
+
+    HELLO may carry more fields than this version knows, so that versions can tell each other.
+    """
+    message = _decode(data, "client")
+    code, seq = message[0], message[1]
+    verb = VERBS.get(code)
+    if verb is None:
+        raise ProtocolError("client", f"verb {code} is unknown")
+    fields = message[2:]
+    if code == HELLO:
+        fields = fields[:1]
+    if len(fields) != len(verb.fields):
+        raise ProtocolError("client", f"{verb.name} takes {len(verb.fields)} fields")
+    for field, value in zip(verb.fields, fields, strict=True):
+        field.check(value)
+    return code, seq, fields
+
+
+def decode_reply(data: bytes | bytearray | memoryview) -> tuple[int, int, list[Any]]:
+    """(code, seq, fields) of a reply; `check_reply` tells what is in it."""
+    code, seq, *fields = _decode(data, "broker")
+    return code, seq, fields
+
+
+def check_reply(verb: int, code: int, fields: list[Any]) -> None:
+    """Raise the error that a refusal carries, and `ProtocolError` for what fits no table."""
+    if code:
+        raise _refusal(code, fields)
+    if len(fields) != REPLIES[verb]:
+        raise ProtocolError("broker", f"the reply to {VERBS[verb].name} has the wrong length")
+
+
+def _refusal(code: int, data: list[Any]) -> FDBrokerError:
+    kind = _ERRORS.get(code)
+    if kind is None or len(data) > len(kind.fields):
+        return ProtocolError("broker", f"error {code} is unknown: it may be a newer version")
+    try:
+        return kind(*data)
+    except (TypeError, ValueError, AttributeError):
+        return ProtocolError("broker", f"error {code} came with the wrong data")

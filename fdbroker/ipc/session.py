@@ -1,0 +1,351 @@
+"""The client's end of a session: one connection, one request at a time, at most one loan.
+
+A session is its loan's lifeline, so it also owns what the loan brought and what was made of it.
+What befalls it:
+
+    idle -> busy      a thread took it from the client's pool for a request
+    busy -> idle      the answer is there, or the loan was returned
+    busy -> lent      the answer is a loan; `thread` is the one that borrowed
+    lent -> split     the process forked, or gave a copy away: no more messages (see forks.py)
+    any  -> over      closed; whatever goes wrong in the middle of a request ends here
+
+The end of a session returns its loan, so an interrupted request needs no other way back.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from threading import get_ident
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import ref
+
+from fdbroker.errors import BrokerGone, ProtocolError, TooManyFiles, VersionMismatch
+from fdbroker.ipc import forks, unix
+from fdbroker.ipc.messages import (
+    BORROW,
+    CANCEL,
+    HELLO,
+    MORE,
+    REPLY_BYTES,
+    RETURN,
+    VERSION,
+    check_reply,
+    decode_reply,
+    encode,
+)
+from fdbroker.rc import FD
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.pool import Pool
+
+GRACE_SECONDS = 2.0  # after the deadline, which the broker keeps, the client gives up by itself
+HELLO_TRIES = 10  # an end before the answer to hello: the broker is being replaced, connect again
+
+
+class StaleSession(BrokerGone):
+    """The broker had ended this session before the request was sent: another one will do."""
+
+    code = 0
+
+
+class Wrapper(Protocol):
+    """What a loan made of its descriptor; it owns a dup."""
+
+    def close(self) -> object: ...
+
+
+class Session:
+    """One connection to the broker at `address`.  Not for two threads at a time."""
+
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_seq",
+        "address",
+        "exclusive",
+        "forked",
+        "inboxes",
+        "kept",
+        "life",
+        "mappings",
+        "over",
+        "pool",
+        "sock",
+        "split",
+        "thread",
+        "wrappers",
+    )
+
+    def __init__(self, address: str, pool: Pool | None = None) -> None:
+        self.over = True  # until there is a socket
+        self.address = address
+        self.pool = pool  # where it goes when it is idle again
+        self.thread = 0  # whose loan it carries, 0: none
+        self.exclusive = False
+        self.split = False  # no more messages
+        self.forked = False  # the loan stayed with the parent
+        self.kept = False  # a number was given away: open until the process ends
+        self.inboxes: list[unix.Inbox] = []  # the loan's descriptors, by message
+        self.wrappers: list[ref[Wrapper]] = []  # sockets and files: they end with the loan
+        self.mappings: list[ref[Wrapper]] = []  # the loan ends with them
+        self.life: FD | None = None  # counts the loan's mappings, once there is one
+        self._seq = -1
+        self._buffer = bytearray(REPLY_BYTES)
+        self.sock = unix.connect(address)
+        self.over = False
+        forks.sessions.add(self)
+
+    @classmethod
+    def open(cls, address: str, pool: Pool | None = None) -> Session:
+        """Connect and say hello; `NoBroker`, `NotPermitted`, `VersionMismatch`, `BrokerFull`."""
+        for _ in range(HELLO_TRIES):
+            session = cls(address, pool)
+            try:
+                (version,) = session.request(HELLO, VERSION)
+                if version != VERSION:
+                    raise VersionMismatch(VERSION, version)
+            except BrokerGone:
+                continue
+            except BaseException:
+                session.end()
+                raise
+            return session
+        raise BrokerGone(address)
+
+    # --- requests ---
+
+    def request(
+        self,
+        verb: int,
+        *fields: Any,
+        fds: tuple[int, ...] = (),
+        size: int = REPLY_BYTES,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """Send one request and wait for its reply: the fields, or its refusal raised.
+
+        `timeout` (seconds) is the broker's to keep; if its answer is overdue, the request is
+        cancelled from here.  Any exception but a refusal has ended the session.
+        """
+        self._seq = seq = self._seq + 1
+        try:
+            try:
+                unix.send(self.sock, encode([verb, seq, *fields]), fds)
+            except (BrokenPipeError, ConnectionResetError):
+                raise StaleSession(self.address) from None
+            code, reply = self._reply(seq, size, timeout)
+            if code == 0 and verb in (BORROW, MORE):
+                self._check_promise(reply)
+            else:  # nothing was promised, so what came anyway is closed
+                self.inboxes.pop().close()
+        except BaseException:
+            self.end()
+            raise
+        check_reply(verb, code, reply)
+        return reply
+
+    def _reply(self, seq: int, size: int, timeout: float | None) -> tuple[int, list[Any]]:
+        """(code, fields) of the reply to `seq`, whose descriptors are in the last inbox.
+
+        One to another seq is passed over, and what it brought is closed.
+        """
+        buffer = self._buffer if size <= len(self._buffer) else bytearray(size)
+        deadline = None if timeout is None else monotonic() + timeout + GRACE_SECONDS
+        cancelled = False
+        while True:
+            inbox = unix.Inbox()
+            self.inboxes.append(inbox)
+            while not self._receive(buffer, inbox, deadline):
+                if cancelled:  # not even that was answered
+                    raise BrokerGone(self.address)
+                self._seq += 1
+                unix.send(self.sock, encode([CANCEL, self._seq]), wait=False)
+                deadline, cancelled = monotonic() + GRACE_SECONDS, True
+            length = inbox.sort()
+            if length == 0:
+                raise BrokerGone(self.address)
+            code, of, reply = decode_reply(memoryview(buffer)[:length])
+            if of == seq:
+                return code, reply
+            self.inboxes.pop().close()
+
+    def _receive(self, buffer: bytearray, inbox: unix.Inbox, deadline: float | None) -> bool:
+        """Take one message; False if there is none until the deadline."""
+        try:
+            if deadline is None and not forks.threaded():
+                unix.receive(self.sock, buffer, inbox)
+                return True
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            while poll.poll(None if deadline is None else max(0.0, deadline - monotonic()) * 1000):
+                try:
+                    with forks.GATE:
+                        unix.receive(self.sock, buffer, inbox, unix.RECEIVE_NOW)
+                    return True
+                except BlockingIOError:
+                    continue
+                finally:
+                    forks.catch_up()
+            return False
+        except ConnectionResetError:
+            raise BrokerGone(self.address) from None
+
+    def _check_promise(self, reply: list[Any]) -> None:
+        """Raise `TooManyFiles` unless all descriptors came that the payload speaks of."""
+        inbox = self.inboxes[-1]
+        promised = reply[1] if len(reply) == 3 else -1
+        if len(inbox.fds) > promised:
+            raise ProtocolError("broker", "more descriptors came than it promised")
+        if inbox.truncated or len(inbox.fds) < promised:
+            raise too_many_files("client")
+
+    # --- its loan ---
+
+    def lend(self, exclusive: bool) -> None:
+        """Note that it carries a loan of this thread now."""
+        self.exclusive = exclusive
+        self.thread = get_ident()
+
+    @property
+    def fds(self) -> list[int]:
+        """The numbers of the loan, in the order of its names."""
+        return [number for inbox in self.inboxes for number in inbox.fds]
+
+    def count_mappings(self) -> FD:
+        """The FD whose references are the loan's mappings: its close is the loan's return.
+
+        Called under the gate.
+        """
+        if self.life is None:
+            self.life = FD(self.sock.fileno(), close=self._let_go)
+        return self.life
+
+    def close_loan(self) -> None:
+        """Close the wrappers, then the descriptors, then return the loan, or leave that to the
+        last mapping.  An error of a wrapper's last flush is raised after that."""
+        if self.over or self.forked:
+            return
+        error = None
+        try:
+            error = self._close_wrappers() if self.wrappers else None
+            if forks.threaded():
+                with forks.GATE:
+                    self.close_descriptors()
+                forks.catch_up()
+            else:
+                self.close_descriptors()
+            life = self.life
+            if life is None:
+                self._let_go(0)
+            else:
+                life.retire()
+        except BaseException:
+            self.end()
+            raise
+        if error is not None:
+            raise error
+
+    def _close_wrappers(self) -> OSError | None:
+        error = None
+        for wrapper in [wrapper() for wrapper in self.wrappers]:
+            try:
+                flush = getattr(wrapper, "flush", None)
+                if flush is not None and not getattr(wrapper, "closed", False):
+                    flush()  # may take its time, so not under the gate
+            except OSError as failure:
+                error = error or failure
+        with forks.GATE:
+            for reference in self.wrappers:
+                wrapper = reference()
+                try:
+                    if wrapper is not None:
+                        wrapper.close()
+                except OSError as failure:
+                    error = error or failure
+            self.wrappers.clear()
+        forks.catch_up()
+        return error
+
+    def _let_go(self, _: int) -> None:
+        """Everything is closed: RETURN, and go back to the pool."""
+        self.life = None
+        self.mappings.clear()
+        self.thread = 0
+        if self.split or self.pool is None:
+            self.end()
+            return
+        self._seq += 1
+        try:
+            unix.send(self.sock, encode([RETURN, self._seq]), wait=False)
+        except OSError:  # a stopped broker's full queue, or no broker: the end is a return too
+            self.end()
+        else:
+            self.pool.give(self)
+
+    def close_descriptors(self) -> None:
+        """Close all numbers of the loan."""
+        for inbox in self.inboxes:
+            inbox.close()
+        self.inboxes.clear()
+
+    def give_away_descriptors(self) -> None:
+        """The numbers of the loan are somebody else's from now on."""
+        for inbox in self.inboxes:
+            inbox.give_away()
+
+    def end(self) -> None:
+        """Close everything; the broker sees the end of the session once no copy is left."""
+        with forks.GATE:
+            self.over = True
+            self.thread = 0
+            self.close_descriptors()
+            if self.split:
+                self.sock.close()
+            else:
+                unix.end(self.sock)
+        forks.catch_up()
+
+    def __del__(self) -> None:
+        if not self.over:
+            forks.in_finalizer(self.end)
+
+    # --- the fork rule; the gate is held ---
+
+    def at_fork_in_parent(self, thread: int) -> None:
+        if self.thread and (self.life or (self.thread == thread and not self.exclusive)):
+            self.split = True
+
+    def at_fork_in_child(self, thread: int) -> None:
+        self.split = True
+        if self.kept or (self.thread == thread and not self.exclusive):
+            return
+        self.forked = True
+        mapped = False
+        for reference in (*self.wrappers, *self.mappings):
+            wrapper = reference()
+            try:
+                if wrapper is not None:
+                    wrapper.close()
+            except BufferError:
+                mapped = True  # somebody still looks at it: this copy goes with the mapping
+            except OSError:
+                pass  # a flush that failed; the parent's own will tell
+        self.close_descriptors()
+        life = self.life
+        if not mapped:
+            self.end()
+        elif life is not None:
+            life.retire()
+
+
+def too_many_files(side: str) -> TooManyFiles:
+    """The error that names the limit of this process, and its use."""
+    from resource import RLIMIT_NOFILE, getrlimit
+
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:  # no number left to open the folder with
+        used = getrlimit(RLIMIT_NOFILE)[0]
+    return TooManyFiles(side, getrlimit(RLIMIT_NOFILE)[0], used)

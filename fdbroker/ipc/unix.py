@@ -1,0 +1,231 @@
+"""Channels over SOCK_SEQPACKET: the one place that calls sendmsg and recvmsg.
+
+One message is one packet with its descriptors (SCM_RIGHTS, unix(7)): it arrives whole or not at
+all.  What holds here:
+
+* Received descriptors are close-on-exec from the first instant (MSG_CMSG_CLOEXEC), and owned by
+  an `Inbox` before the next Python bytecode runs: a KeyboardInterrupt finds nothing unowned.
+* What does not fit or cannot be installed is *lost*, and the kernel says MSG_CTRUNC; what did fit
+  *is* installed all the same, so an inbox owns that too.
+* An empty packet looks like the end; it is never sent, and is treated as the end.
+* The end of a session is `shutdown`: a copy of the socket in another process would hide a close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from fcntl import LOCK_EX, LOCK_NB, flock, ioctl
+
+from fdbroker.errors import AlreadyServing, BadAddress, NoBroker
+from fdbroker.ipc.messages import DESCRIPTORS
+
+ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
+SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer has not read
+NOTHING_UNREAD = struct.pack("i", 0)
+PATH_BYTES = 107  # sun_path, less its final NUL
+BACKLOG = 1024
+RECEIVE = socket.MSG_CMSG_CLOEXEC
+RECEIVE_NOW = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+
+
+class Inbox:
+    """Owns the descriptors that one message brought, until they are closed or given away.
+
+    `receive` puts what the kernel returned into `raw` within one call into C; `sort` only looks at
+    it.  The right to close each number is handed out by one iterator, once, and `map` takes it and
+    closes in C: neither a signal nor a second thread can come between the two.
+    """
+
+    __slots__ = ("_rights", "fds", "raw", "truncated")
+
+    def __init__(self) -> None:
+        self.raw: list[tuple[int, list[tuple[int, int, bytes]], int, object]] = []
+        self.fds: tuple[int, ...] = ()
+        self.truncated = False  # descriptors were lost on the way (MSG_CTRUNC)
+        self._rights: Iterator[int] | None = None
+
+    def sort(self) -> int:
+        """How many bytes the message has; `fds` are the descriptors that came."""
+        fds: list[int] = []
+        size = 0
+        for received, ancillary, flags, _ in self.raw:
+            size = received
+            self.truncated = bool(flags & socket.MSG_CTRUNC)
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    count = len(data) // 4
+                    fds += struct.unpack_from(f"{count}i", data)
+        self.fds = tuple(fds)
+        self._rights = iter(self.fds)
+        return size
+
+    def close(self) -> None:
+        """Close what is still owned; each number at most once, whoever calls and how often.
+
+        A number that somebody else closed is passed over.
+        """
+        rights = self._unsorted() if self._rights is None else self._rights
+        while True:
+            try:
+                for _ in map(os.close, rights):
+                    pass
+                return
+            except OSError:
+                continue  # that one is gone (close(2): never retry), go on with the others
+
+    def give_away(self) -> tuple[int, ...]:
+        """The numbers, which are the caller's from now on."""
+        return tuple(self._unsorted() if self._rights is None else self._rights)
+
+    def _unsorted(self) -> Iterator[int]:
+        self.sort()
+        assert self._rights is not None
+        return self._rights
+
+    def __del__(self) -> None:
+        if self.raw:
+            self.close()
+
+
+def receive(sock: socket.socket, buffer: bytearray, inbox: Inbox, flags: int = RECEIVE) -> None:
+    """Take one message into `buffer`, its descriptors into `inbox`.
+
+    After it `inbox.sort()` tells the size; 0 is the end of the session.
+    """
+    inbox.raw.extend(map(sock.recvmsg_into, ((buffer,),), (ANCILLARY_BYTES,), (flags,)))
+
+
+def receive_now(sock: socket.socket, buffer: bytearray) -> tuple[int, Inbox | None]:
+    """Take one message if there is one, else BlockingIOError: its size, and what came with it.
+
+    For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.
+    """
+    received = sock.recvmsg_into((buffer,), ANCILLARY_BYTES, RECEIVE_NOW)
+    if not received[1] and not received[2] & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        return received[0], None
+    inbox = Inbox()
+    inbox.raw.append(received)
+    inbox.sort()
+    return received[0], inbox
+
+
+def send(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, wait: bool = True) -> None:
+    """Send one message with copies of `fds`, which stay the caller's.
+
+    Unless it may `wait` a full queue is `BlockingIOError`.  OSError ETOOMANYREFS: the kernel
+    refuses one more descriptor in flight for this uid; nothing was sent.
+    """
+    flags = socket.MSG_NOSIGNAL if wait else socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+    if fds:
+        rights = struct.pack(f"{len(fds)}i", *fds)
+        sock.sendmsg((data,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights),), flags)
+    else:
+        sock.send(data, flags)
+
+
+def all_read(sock: socket.socket) -> bool:
+    """Whether the peer has taken everything that was sent to it (SIOCOUTQ, unix(7))."""
+    return ioctl(sock, SIOCOUTQ, NOTHING_UNREAD) == NOTHING_UNREAD
+
+
+def end(sock: socket.socket) -> None:
+    """End the session for good, whoever else holds a copy of the socket."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
+def credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """(uid, gid, pid) of the peer as it was when it connected (SO_PEERCRED, unix(7))."""
+    pid, uid, gid = struct.unpack(
+        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
+    return uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, pid
+
+
+def connect(address: str) -> socket.socket:
+    """A new connection to the broker at the path `address`; `NoBroker`, `BadAddress`."""
+    _check_path(address)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        sock.close()
+        raise NoBroker(address) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Listener:
+    """The broker's listening socket at a path, and the lock beside it that says whose it is.
+
+    The lock (flock(2) on ``PATH.lock``) is held as long as the process lives, so a path whose lock
+    can be had belongs to nobody, and a socket file found there is stale.  `AlreadyServing` if
+    another process has it.
+    """
+
+    def __init__(self, address: str) -> None:
+        _check_path(address)
+        folder = os.path.dirname(address)
+        if folder:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        self.address = address
+        self._lock = os.open(address + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._take_lock()
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            try:
+                self._bind()
+            except BaseException:
+                self.sock.close()
+                raise
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            flock(self._lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyServing(self.address) from None
+
+    def _bind(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)  # stale: we have the lock
+        mask = os.umask(0o177)
+        try:
+            self.sock.bind(self.address)
+        finally:
+            os.umask(mask)
+        self.sock.listen(BACKLOG)
+
+    def accept(self) -> socket.socket | None:
+        """A new connection, if one is still there."""
+        try:
+            sock, _ = self.sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        return sock
+
+    def close(self) -> None:
+        """Stop listening: the socket file goes, then the lock.
+
+        The lock's own file stays: to unlink it would let two others each lock a file of that name.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)
+        self.sock.close()
+        os.close(self._lock)
+
+
+def _check_path(address: str) -> None:
+    if not address or "\0" in address:
+        raise BadAddress(address, "it must be a path")
+    if len(os.fsencode(address)) > PATH_BYTES:
+        raise BadAddress(address, f"a socket's path has at most {PATH_BYTES} bytes (unix(7))")

@@ -1,0 +1,201 @@
+"""What the broker does at each verb: one function each, and a table of them.
+
+A handler gets the server, the connection (with its session, and the descriptors that came in its
+inbox), the seq, and the fields, which fit the table in messages.py.  It returns the reply, or None
+if there is none now: because the verb has none, or because a waiting line or a worker will bring
+it.  It raises what the client is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from fdbroker.errors import BrokerClosing, ProtocolError
+from fdbroker.ipc.jobs import Put
+from fdbroker.ipc.messages import (
+    BORROW,
+    CANCEL,
+    ENTRIES,
+    EXCLUSIVE,
+    LOANS,
+    MORE,
+    NAMELESS,
+    PAGE_ROWS,
+    PUT,
+    READONLY,
+    REPLACE,
+    RETIRE,
+    RETURN,
+    STATS,
+    WHERE_CHARS,
+    EntryRow,
+    LoanRow,
+    encode,
+)
+from fdbroker.ipc.session import too_many_files
+from fdbroker.lender.names import check_name
+from fdbroker.lender.parts import IDLE, LENT
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.connection import Connection
+    from fdbroker.ipc.server import Server
+
+SECOND = 1_000_000_000
+
+Fields = list[Any]
+Reply = bytes | None
+Handler = Callable[["Server", "Connection", int, Fields], Reply]
+
+
+def _ns(timeout: float | None) -> int | None:
+    return None if timeout is None else int(timeout * SECOND)
+
+
+def borrow(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """Grant it now, or let the session wait for its turn."""
+    names, flags, timeout, purpose = fields
+    if at.session.state != IDLE:
+        raise ProtocolError("client", "a session carries one loan")
+    if server.draining:
+        raise BrokerClosing()
+    if server.lender.borrow(
+        at.session,
+        seq,
+        names if type(names) is list else [names],
+        server.now(),
+        exclusive=bool(flags & EXCLUSIVE),
+        readonly=bool(flags & READONLY),
+        timeout=_ns(timeout),
+        purpose=purpose,
+    ):
+        server.hand_over(at, seq, 0)
+    return None
+
+
+def more(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """The next descriptors of a loan of many."""
+    (offset,) = fields
+    if (
+        at.session.loan is None
+        or at.session.state != LENT
+        or offset >= len(at.session.loan.entries)
+    ):
+        raise ProtocolError("client", "there are no more descriptors")
+    server.lender.advance(at.session, seq)
+    server.hand_over(at, seq, offset)
+    return None
+
+
+def give_back(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """RETURN: the loan ends."""
+    server.lender.give_back(at.session, seq, server.now())
+    return None
+
+
+def cancel(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """CANCEL: a wait ends; a grant that crossed it stands, the client returns it."""
+    server.lender.cancel(at.session, seq, server.now())
+    return None
+
+
+def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """A new entry: checked here as far as possible, looked at by a worker, then entered."""
+    name, flags = fields
+    if at.inbox is not None and at.inbox.truncated:
+        raise too_many_files("broker")
+    if at.inbox is None or len(at.inbox.fds) != 1:
+        raise ProtocolError("client", "a put brings one descriptor")
+    if server.draining:
+        raise BrokerClosing()
+    if not flags & NAMELESS:
+        check_name(name)
+    elif name:
+        raise ProtocolError("client", "a nameless entry has no name")
+    server.lender.check_free(name, bool(flags & REPLACE))
+    (sysfd,) = at.inbox.give_away()
+    server.start_job(at, Put(at, seq, name, flags, sysfd))
+    return None
+
+
+def retire(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """An entry refuses new borrows; with `wait` the reply comes after its final close."""
+    name, wait, timeout = fields
+    if wait:
+        if at.session.state != IDLE:
+            raise ProtocolError("client", "a session with a loan cannot wait")
+        server.lender.retire_and_wait(at.session, seq, name, server.now(), _ns(timeout))
+        return None
+    server.lender.retire(name, server.now())
+    server.lender.advance(at.session, seq)
+    return encode([0, seq])
+
+
+def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """One page of the entries that have a name, by slot from the cursor on."""
+    (cursor,) = fields
+    server.lender.advance(at.session, seq)
+    found = list(islice((e for e in server.lender.entries_from(cursor) if e.name), PAGE_ROWS + 1))
+    following = found.pop().slot if len(found) > PAGE_ROWS else 0
+    rows = [
+        EntryRow(
+            entry.name,
+            entry.kind,
+            entry.where[:WHERE_CHARS],
+            entry.generation,
+            len(entry.holders),
+            len(entry.line),
+            entry.uid,
+            entry.since,
+        )
+        for entry in found
+    ]
+    return encode([0, seq, following, rows])
+
+
+def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """One page of the loans, by session slot from the cursor on, `index` within a loan."""
+    name, cursor, index = fields
+    server.lender.advance(at.session, seq)
+    found: list[tuple[int, int, LoanRow]] = []
+    for holder in server.lender.sessions_from(cursor):
+        loan = holder.loan
+        if loan is None or holder.state != LENT:
+            continue
+        start = index if holder.slot == cursor else 0
+        for place, entry in enumerate(loan.entries[start:], start):
+            if not name or entry.name == name:
+                row = LoanRow(
+                    entry.name,
+                    f"{holder.id}.{loan.seq}",
+                    holder.peer.pid,
+                    holder.peer.uid,
+                    loan.since,
+                    loan.exclusive,
+                    loan.purpose,
+                )
+                found.append((holder.slot, place, row))
+        if len(found) > PAGE_ROWS:
+            break
+    after = found[PAGE_ROWS][:2] if len(found) > PAGE_ROWS else (0, 0)
+    return encode([0, seq, *after, [row for _, _, row in found[:PAGE_ROWS]]])
+
+
+def stats(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """Counts."""
+    server.lender.advance(at.session, seq)
+    return encode([0, seq, list(server.stats().items())])
+
+
+HANDLERS: dict[int, Handler] = {
+    BORROW: borrow,
+    MORE: more,
+    RETURN: give_back,
+    CANCEL: cancel,
+    PUT: put,
+    RETIRE: retire,
+    ENTRIES: entries,
+    LOANS: loans,
+    STATS: stats,
+}

@@ -1,0 +1,15 @@
+"""The rule for names: printable, short, and safe in a shell, a path and a terminal."""
+
+from __future__ import annotations
+
+import re
+
+from fdbroker.errors import BadName
+
+_NAME = re.compile(r"[A-Za-z0-9._/@-]{1,255}")
+
+
+def check_name(name: str) -> None:
+    """Raise `BadName` unless `name` can be an entry's."""
+    if not _NAME.fullmatch(name):
+        raise BadName(name)
