@@ -1,0 +1,403 @@
+"""Who gets an entry when: shared, exclusive, several at once, and how a wait ends."""
+
+from __future__ import annotations
+
+import pytest
+from lender_kit import SECOND, Rig
+
+from fdbroker.errors import (
+    BorrowTimeout,
+    BrokerFull,
+    ProtocolError,
+    UnknownEntry,
+    UnknownTicket,
+    WouldDeadlock,
+)
+from fdbroker.lender.parts import IDLE, LENT, WAITING
+
+
+@pytest.fixture
+def lot(rig: Rig) -> Rig:
+    """With the entries a, b and c."""
+    for name in "abc":
+        rig.put(name)
+    return rig
+
+
+# --- shared and exclusive
+
+
+def test_shared_loans_run_together(lot: Rig):
+    clients = lot.clients(4)
+    assert [lot.borrow(client, "a") for client in clients] == [True] * 4
+    assert lot.lender.loans == 4
+    assert lot.lender.names["a"].fd.refs == 5  # theirs, and the closer's
+
+
+def test_an_exclusive_loan_is_alone(lot: Rig):
+    one, shared, exclusive = lot.clients(3)
+    assert lot.borrow(one, "a", exclusive=True)
+    assert not lot.borrow(shared, "a")
+    assert not lot.borrow(exclusive, "a", exclusive=True)
+    assert lot.decided() == []
+    assert lot.lender.waiting == 2
+
+
+def test_an_exclusive_loan_waits_until_the_last_shared_one_is_back(lot: Rig):
+    one, two, exclusive = lot.clients(3)
+    lot.borrow(one, "a")
+    lot.borrow(two, "a")
+    assert not lot.borrow(exclusive, "a", exclusive=True)
+    lot.give_back(one)
+    assert lot.granted() == []
+    lot.give_back(two)
+    assert lot.granted() == [exclusive]
+
+
+def test_a_waiting_exclusive_loan_holds_back_later_shared_ones(lot: Rig):
+    holder, exclusive, later, latest = lot.clients(4)
+    lot.borrow(holder, "a")
+    assert not lot.borrow(exclusive, "a", exclusive=True)
+    assert not lot.borrow(later, "a")
+    assert not lot.borrow(latest, "a")
+    lot.give_back(holder)
+    assert lot.granted() == [exclusive]
+    lot.give_back(exclusive)
+    assert lot.granted() == [later, latest]
+
+
+def test_the_line_is_served_in_the_order_of_arrival(lot: Rig):
+    holder, *others = lot.clients(6)
+    turns = [True, False, False, True, False]
+    lot.borrow(holder, "a", exclusive=True)
+    for client, exclusive in zip(others, turns, strict=True):
+        assert not lot.borrow(client, "a", exclusive=exclusive)
+    lot.give_back(holder)
+    first, second, third, fourth, fifth = others
+    assert lot.granted() == [first]
+    lot.give_back(first)
+    assert lot.granted() == [second, third]
+    lot.give_back(third)
+    assert lot.granted() == []
+    lot.give_back(second)
+    assert lot.granted() == [fourth]
+    lot.give_back(fourth)
+    assert lot.granted() == [fifth]
+
+
+def test_a_session_that_ends_gives_its_turn_to_the_next(lot: Rig):
+    holder, waiting, last = lot.clients(3)
+    lot.borrow(holder, "a", exclusive=True)
+    lot.borrow(waiting, "a", exclusive=True)
+    lot.borrow(last, "a")
+    lot.end(waiting)
+    assert lot.granted() == []
+    lot.end(holder)
+    assert lot.granted() == [last]
+    assert lot.lender.sessions == {last.slot: last}
+
+
+def test_who_stops_waiting_lets_those_behind_go(lot: Rig):
+    holder, exclusive, shared = lot.clients(3)
+    lot.borrow(holder, "a")
+    lot.borrow(exclusive, "a", exclusive=True)
+    lot.borrow(shared, "a")
+    lot.cancel(exclusive)
+    told = lot.decided()
+    assert (shared, None) in told
+    assert [error[0] for who, error in told if who is exclusive] == ["BorrowTimeout"]
+
+
+# --- several at once
+
+
+def test_several_entries_come_all_or_none(lot: Rig):
+    holder, both = lot.clients(2)
+    lot.borrow(holder, "b", exclusive=True)
+    assert not lot.borrow(both, "a", "b")
+    assert not lot.lender.names["a"].holders
+    assert lot.lender.names["a"].fd.refs == 1
+    lot.give_back(holder)
+    assert lot.granted() == [both]
+    assert list(lot.lender.names["a"].holders) == list(lot.lender.names["b"].holders)
+    assert lot.lender.loans == 1
+
+
+def test_a_loan_of_several_is_not_starved(lot: Rig):
+    """Whoever comes after it for one of its entries stands behind it."""
+    on_a, on_b, both, later = lot.clients(4)
+    lot.borrow(on_a, "a")
+    lot.borrow(on_b, "b")
+    assert not lot.borrow(both, "a", "b", exclusive=True)
+    lot.give_back(on_a)
+    assert not lot.borrow(later, "a")  # a is free, but promised
+    assert lot.granted() == []
+    lot.give_back(on_b)
+    assert lot.granted() == [both]
+    lot.give_back(both)
+    assert lot.granted() == [later]
+
+
+def test_an_exclusive_one_stands_behind_a_shared_loan_of_several(lot: Rig):
+    on_b, both, on_a = lot.clients(3)
+    lot.borrow(on_b, "b", exclusive=True)
+    assert not lot.borrow(both, "a", "b")
+    assert not lot.borrow(on_a, "a", exclusive=True)
+    lot.give_back(on_b)
+    assert lot.granted() == [both]
+    lot.give_back(both)
+    assert lot.granted() == [on_a]
+
+
+def test_who_has_nothing_in_common_with_those_that_wait_does_not_wait(lot: Rig):
+    holder, both, other = lot.clients(3)
+    lot.borrow(holder, "a", exclusive=True)
+    lot.borrow(both, "a", "b", exclusive=True)
+    assert lot.borrow(other, "c", exclusive=True)
+
+
+def test_shared_loans_pass_each_other(lot: Rig):
+    """Two shared loans never conflict, so one that waits elsewhere holds nobody back."""
+    on_b, both, on_a = lot.clients(3)
+    lot.borrow(on_b, "b", exclusive=True)
+    assert not lot.borrow(both, "a", "b")
+    assert lot.borrow(on_a, "a")
+
+
+def test_one_entry_named_twice_is_one_holder_with_two_references(lot: Rig):
+    twice, other = lot.clients(2)
+    assert lot.borrow(twice, "a", "a", exclusive=True)
+    entry = lot.lender.names["a"]
+    assert list(entry.holders) == [twice.slot]
+    assert entry.fd.refs == 3
+    assert not lot.borrow(other, "a", "a")
+    lot.give_back(twice)
+    assert lot.granted() == [other]
+    assert entry.fd.refs == 3
+
+
+def test_an_unknown_name_among_several_leaves_nothing_behind(lot: Rig):
+    (client,) = lot.clients(1)
+    before = bytes(lot.ledger.buffer)
+    with pytest.raises(UnknownEntry) as caught:
+        lot.borrow(client, "a", "nobody", exclusive=True)
+    assert caught.value.name == "nobody"
+    with pytest.raises(UnknownTicket):
+        lot.borrow(client, "a", b"no such ticket")
+    assert lot.ledger.buffer == before
+    assert (client.state, client.seq, client.loan) == (IDLE, 0, None)
+
+
+def test_a_nameless_entry_is_borrowed_by_its_ticket(lot: Rig):
+    (client,) = lot.clients(1)
+    lot.put("", ticket=b"0123456789abcdef")
+    assert lot.borrow(client, b"0123456789abcdef", "a")
+    assert set(lot.lender.names) == {"a", "b", "c"}
+
+
+# --- waiting for oneself
+
+
+def test_a_process_does_not_wait_for_what_it_holds_exclusively(lot: Rig):
+    holder, same, other = lot.client(7), lot.client(7), lot.client(8)
+    lot.borrow(holder, "b", exclusive=True)
+    for exclusive in (False, True):
+        with pytest.raises(WouldDeadlock) as caught:
+            lot.borrow(same, "a", "b", exclusive=exclusive)
+        assert caught.value.data == ("b", 7)
+    assert not lot.borrow(other, "b")
+    assert same.state == IDLE
+
+
+def test_two_processes_of_unknown_pid_are_not_taken_for_one(lot: Rig):
+    holder, other = lot.client(0), lot.client(0)
+    lot.borrow(holder, "a", exclusive=True)
+    assert not lot.borrow(other, "a")
+
+
+def test_a_process_may_wait_for_what_it_shares(lot: Rig):
+    """Another thread of it can give that back; only an exclusive loan is a sure mistake."""
+    holder, same = lot.client(7), lot.client(7)
+    lot.borrow(holder, "a")
+    assert not lot.borrow(same, "a", exclusive=True)
+    lot.give_back(holder)
+    assert lot.granted() == [same]
+
+
+# --- timeouts
+
+
+def test_a_timeout_names_the_holders(lot: Rig):
+    holder, other, waiting = lot.client(7, uid=1), lot.client(8, uid=2), lot.client(9)
+    lot.borrow(holder, "b")
+    lot.time_passes(2)
+    lot.borrow(other, "b")
+    assert not lot.borrow(waiting, "a", "b", exclusive=True, timeout=3 * SECOND)
+    assert lot.lender.next_deadline() == lot.now + 3 * SECOND
+    lot.time_passes(2.5)
+    assert lot.decided() == []
+    lot.time_passes(0.5)
+    holders = [(7, 1, 5.0, False), (8, 2, 3.0, False)]
+    assert lot.decided() == [(waiting, ("BorrowTimeout", "b", 3.0, holders))]
+    assert waiting.state == IDLE
+    assert lot.lender.next_deadline() is None
+
+
+def test_a_timeout_names_only_those_who_are_in_the_way(lot: Rig):
+    on_a, on_b, waiting = lot.client(7), lot.client(8), lot.client(9)
+    lot.borrow(on_a, "a")
+    lot.borrow(on_b, "b", exclusive=True)
+    with pytest.raises(BorrowTimeout) as caught:
+        lot.borrow(waiting, "a", "b", timeout=0)
+    assert caught.value.name == "b"
+    assert [holder[0] for holder in caught.value.holders] == [8]
+
+
+def test_a_timeout_names_each_loan_once(lot: Rig):
+    both, waiting = lot.client(7), lot.client(9)
+    lot.borrow(both, "a", "b", exclusive=True)
+    with pytest.raises(BorrowTimeout) as caught:
+        lot.borrow(waiting, "b", "a", "a", timeout=0)
+    assert caught.value.data == ("b", 0, [(7, 1000, 0.0, True)])
+
+
+def test_a_timeout_behind_others_names_what_they_wait_for(lot: Rig):
+    on_b, both, late = lot.clients(3)
+    lot.borrow(on_b, "b", exclusive=True)
+    lot.borrow(both, "b", "c", exclusive=True)
+    with pytest.raises(BorrowTimeout) as caught:
+        lot.borrow(late, "a", "c", timeout=0)
+    assert caught.value.data == ("c", 0, [])
+
+
+def test_a_timeout_names_sixteen_holders_at_most():
+    rig = Rig((32, 1, 1))
+    rig.put("a")
+    *holders, waiting = rig.clients(21)
+    for holder in holders:
+        rig.borrow(holder, "a")
+    with pytest.raises(BorrowTimeout) as caught:
+        rig.borrow(waiting, "a", exclusive=True, timeout=0)
+    assert len(caught.value.holders) == 16
+    rig.descriptors.abandon(rig.lender)
+
+
+def test_a_timeout_of_zero_takes_or_leaves(lot: Rig):
+    holder, other = lot.clients(2)
+    assert lot.borrow(holder, "a", exclusive=True, timeout=0)
+    before = bytes(lot.ledger.buffer)
+    with pytest.raises(BorrowTimeout):
+        lot.borrow(other, "a", timeout=0)
+    assert lot.ledger.buffer == before
+    assert not lot.lender.names["a"].line
+
+
+def test_who_was_granted_in_time_is_not_timed_out(lot: Rig):
+    holder, waiting = lot.clients(2)
+    lot.borrow(holder, "a", exclusive=True)
+    lot.borrow(waiting, "a", timeout=SECOND)
+    lot.give_back(holder)
+    assert lot.granted() == [waiting]
+    lot.time_passes(10)
+    assert lot.decided() == []
+    assert waiting.state == LENT
+
+
+def test_a_wait_that_times_out_frees_the_way_before_the_next_one_does(lot: Rig):
+    holder, exclusive, shared = lot.clients(3)
+    lot.borrow(holder, "a")
+    lot.borrow(exclusive, "a", exclusive=True, timeout=SECOND)
+    lot.borrow(shared, "a", timeout=2 * SECOND)
+    lot.time_passes(5)
+    told = dict(lot.decided())
+    assert told[exclusive][0] == "BorrowTimeout"
+    assert told[shared] is None
+
+
+def test_waits_that_are_over_do_not_pile_up(lot: Rig):
+    """A client may ask and give up as often as it likes: the lender keeps nothing of it."""
+    holder, waiting = lot.clients(2)
+    lot.borrow(holder, "a", exclusive=True)
+    for _ in range(1000):
+        assert not lot.borrow(waiting, "a", timeout=3600 * SECOND)
+        lot.cancel(waiting)
+        lot.lender.decisions.clear()
+    assert len(lot.lender._deadlines) < 10
+
+
+# --- giving up and giving back
+
+
+def test_a_cancel_ends_the_wait_as_its_deadline_would(lot: Rig):
+    holder, waiting = lot.client(7), lot.client(8)
+    lot.borrow(holder, "a", exclusive=True)
+    lot.borrow(waiting, "a")
+    lot.time_passes(1)
+    lot.cancel(waiting)
+    told = ("BorrowTimeout", "a", 1.0, [(7, 1000, 1.0, True)])
+    assert lot.lender.decisions[0][1] == 1  # the answer is to the borrow, not to the cancel
+    assert lot.decided() == [(waiting, told)]
+    assert (waiting.state, waiting.seq) == (IDLE, 2)
+
+
+def test_a_cancel_that_crosses_its_grant_changes_nothing(lot: Rig):
+    holder, waiting = lot.clients(2)
+    lot.borrow(holder, "a", exclusive=True)
+    lot.borrow(waiting, "a")
+    lot.give_back(holder)
+    lot.cancel(waiting)
+    assert lot.granted() == [waiting]
+    assert (waiting.state, waiting.seq) == (LENT, 2)
+    lot.give_back(waiting)
+    assert waiting.state == IDLE
+
+
+def test_a_return_without_a_loan_is_the_clients_fault(lot: Rig):
+    holder, waiting = lot.clients(2)
+    lot.borrow(holder, "a", exclusive=True)
+    lot.borrow(waiting, "a")
+    with pytest.raises(ProtocolError) as caught:
+        lot.give_back(waiting)
+    assert caught.value.side == "client"
+    assert waiting.state == WAITING
+    lot.give_back(holder)
+    with pytest.raises(ProtocolError):
+        lot.give_back(holder)
+    assert lot.granted() == [waiting]
+
+
+# --- no room
+
+
+def test_no_room_for_a_loan_of_several_leaves_nothing_behind():
+    rig = Rig((4, 3, 3))
+    for name in "abc":
+        rig.put(name)
+    first, second = rig.clients(2)
+    rig.borrow(first, "a", "b", "c")
+    before = bytes(rig.ledger.buffer)
+    for exclusive in (False, True):  # to be granted, and to wait
+        with pytest.raises(BrokerFull) as caught:
+            rig.borrow(second, "a", "b", "c", exclusive=exclusive)
+        assert caught.value.limit == 3
+    assert rig.ledger.buffer == before
+    assert (second.state, second.loan, rig.lender.waiting) == (IDLE, None, 0)
+    assert rig.lender.names["a"].fd.refs == 2
+    assert rig.borrow(second, "a", "b")  # one cell is left, and it is enough
+    rig.give_back(second)
+    rig.give_back(first)
+    assert rig.borrow(second, "a", "b", "c", exclusive=True)
+    rig.check()
+    rig.descriptors.abandon(rig.lender)
+
+
+def test_no_room_for_a_session_leaves_nothing_behind():
+    rig = Rig((2, 1, 1))
+    first, _ = rig.clients(2)
+    before = bytes(rig.ledger.buffer)
+    with pytest.raises(BrokerFull) as caught:
+        rig.client()
+    assert caught.value.data == ("sessions", 2)
+    assert rig.ledger.buffer == before
+    rig.end(first)
+    assert rig.client().slot == first.slot
