@@ -1,0 +1,157 @@
+"""Every small step of several threads against every other, and whether this test would notice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import fdbroker.rc
+from fdbroker.errors import ClosedFDError
+
+from . import kit
+from .scheduler import Scheduler
+
+
+class Round:
+    """One pipe, a few threads that use and retire the FD of its write end, in the seed's order."""
+
+    def __init__(self, rc: ModuleType, seed: int) -> None:
+        whole = ("load", "store") if isinstance(rc.FD._sysfd, property) else ()
+        assert rc.__file__ is not None
+        self.scheduler = Scheduler(seed, rc.__file__, whole)
+        self.random = self.scheduler.random
+        self.rc: Any = rc
+        self.closes: list[int] = []
+        self.told: list[OSError | None] = []
+        self.retired = 0
+        self.wrong: list[str] = []
+
+    def close(self, sysfd: int) -> None:
+        self.closes.append(sysfd)
+        os.close(sysfd)
+
+    def use(self) -> None:
+        for _ in range(self.random.randint(1, 2)):
+            try:
+                sysfd = self.fd.incref()
+            except ClosedFDError:
+                continue
+            if self.fd.closed:
+                self.wrong.append("a reference to a closed FD")
+            if self.random.random() < 0.3:
+                self.scheduler.pause()
+            if not kit.is_open(sysfd):
+                self.wrong.append("closed while a reference was out")
+            self.fd.decref()
+
+    def use_in_a_block(self) -> None:
+        try:
+            with self.fd.use() as sysfd:
+                if not kit.is_open(sysfd):
+                    self.wrong.append("closed within use()")
+        except ClosedFDError:
+            pass
+
+    def retire(self) -> None:
+        try:
+            self.fd.retire(self.told.append)
+        except ClosedFDError:
+            return
+        self.retired += 1
+
+    def close_and_wait(self) -> None:
+        try:
+            self.fd.close()
+        except ClosedFDError:
+            return
+        self.retired += 1
+        self.told.append(None)
+        if not self.closes:
+            self.wrong.append("close() came back before the close")
+
+    def wait(self) -> None:
+        self.fd.wait_closed()
+        if not self.closes:
+            self.wrong.append("wait_closed() came back before the close")
+
+    def run(self) -> list[str]:
+        """What went wrong."""
+        wrong = self.wrong
+        bodies = self.random.choice(SCENES)(self)
+        with kit.Pipe() as pipe:
+            self.rc.close_func = self.close
+            self.fd = self.rc.FD(pipe.write)
+            self.scheduler.run(*bodies)
+            self.rc.close_func = os.close
+            wrong += [repr(error) for error in self.scheduler.errors]
+            if len(self.closes) != 1:
+                wrong.append(f"closed {len(self.closes)} times")
+            if not pipe.ended():
+                wrong.append("the pipe did not end")
+            if self.retired != 1:
+                wrong.append(f"retired {self.retired} times")
+            if self.told != [None]:
+                wrong.append(f"on_closed was told {self.told}")
+            if self.fd.refs:
+                wrong.append(f"{self.fd.refs} references at the end")
+            if not self.fd.closed:
+                wrong.append("never closed")
+                os.close(pipe.write)
+                self.fd._sysfd = self.rc._CLOSED
+        return wrong
+
+
+# Small scenes, in which one stall decides, and a large one.
+SCENES = (
+    lambda on: [on.use, on.retire],
+    lambda on: [on.use, on.use, on.retire],
+    lambda on: [on.wait, on.wait, on.wait, on.retire],
+    lambda on: [on.use_in_a_block, on.close_and_wait, on.retire],
+    lambda on: [on.use, on.use, on.use_in_a_block, on.retire, on.close_and_wait, on.wait],
+)
+
+
+def survives(rc: ModuleType, seeds: range) -> None:
+    for seed in seeds:
+        wrong = Round(rc, seed).run()
+        assert not wrong, f"seed {seed}: {wrong}"
+
+
+def test_rounds() -> None:
+    survives(fdbroker.rc, range(400))
+
+
+def test_rounds_under_the_lock() -> None:
+    survives(kit.guarded(), range(100))
+
+
+@pytest.mark.long
+def test_many_rounds() -> None:
+    survives(fdbroker.rc, range(10_000))
+
+
+def test_the_same_seed_is_the_same_round() -> None:
+    def choices(seed: int) -> object:
+        done = Round(fdbroker.rc, seed)
+        assert not done.run()
+        return done.random.getstate()
+
+    assert choices(5) == choices(5)
+    assert choices(5) != choices(6)
+
+
+@pytest.mark.parametrize("patch", kit.MUTANTS, ids=lambda patch: patch.stem)
+def test_a_mistake_is_caught(patch: Path, tmp_path: Path) -> None:
+    rc = kit.mutant(patch, tmp_path)
+    caught = sum(
+        any(Round(rc, seed * 1000 + number).run() for number in range(400)) for seed in range(20)
+    )
+    assert caught >= 19
+
+
+def test_there_are_mistakes_to_catch() -> None:
+    assert len(kit.MUTANTS) >= 6
