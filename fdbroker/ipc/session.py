@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import select
+from socket import socket
 from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,7 +36,7 @@ from fdbroker.ipc.messages import (
     decode_reply,
     encode,
 )
-from fdbroker.rc import FD
+from fdbroker.rc import FD, identity
 
 if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
@@ -252,21 +253,42 @@ class Session:
         for wrapper in [wrapper() for wrapper in self.wrappers]:
             try:
                 flush = getattr(wrapper, "flush", None)
-                if flush is not None and not getattr(wrapper, "closed", False):
+                if flush is not None:
                     flush()  # may take its time, so not under the gate
             except OSError as failure:
                 error = error or failure
+            except ValueError:
+                pass  # the user has closed it, or detached its buffer
         with forks.GATE:
             for reference in self.wrappers:
-                wrapper = reference()
                 try:
-                    if wrapper is not None:
-                        wrapper.close()
+                    self._close_wrapper(reference())
                 except OSError as failure:
                     error = error or failure
+                except ValueError:
+                    pass  # a file object without its buffer
             self.wrappers.clear()
         forks.catch_up()
         return error
+
+    def _close_wrapper(self, wrapper: Wrapper | None) -> None:
+        """Close it; but leave a number alone that its user closed behind a socket's back, and
+        that is nobody's or a stranger's by now."""
+        if isinstance(wrapper, socket) and self._is_strange(wrapper.fileno()):
+            wrapper.detach()
+        elif wrapper is not None:
+            wrapper.close()
+
+    def _is_strange(self, number: int) -> bool:
+        """Whether a number surely leads to nothing that this loan brought."""
+        try:
+            found = identity(number)
+        except OSError:  # to nothing at all
+            return True
+        try:
+            return found not in map(identity, self.fds)
+        except OSError:  # one of its own was closed: unknown
+            return False
 
     def _let_go(self, _: int) -> None:
         """Everything is closed: RETURN, and go back to the pool."""

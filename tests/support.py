@@ -1,0 +1,226 @@
+"""What the tests share: questions to the kernel, another process to play with, a bounded wait.
+
+Run as a program (``python -m support``) it is that other process: it takes functions by name from
+its standard input, calls them, and answers with what they return or raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+PATIENCE = 20.0  # seconds; what takes longer has failed
+kept: dict[str, Any] = {}  # what the functions of another process leave for the next ones
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Ask until `condition()` is true; AssertionError if it still is not after `seconds`."""
+    deadline = time.monotonic() + seconds
+    pause = 0.0005
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"still not so after {seconds} s"
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+    return result
+
+
+# --- what the kernel says --------------------------------------------------------------------
+
+
+def open_files(pid: int | str = "self") -> dict[int, str]:
+    """The descriptors of a process and where each leads."""
+    files = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            files[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
+    return files
+
+
+def targets(pid: int | str = "self") -> Counter[str]:
+    """Where the descriptors of a process lead, sockets and pipes by kind only."""
+    return Counter(link.split(":[")[0] for link in open_files(pid).values())
+
+
+def children() -> set[int]:
+    """The child processes of this one, of all its threads, zombies included."""
+    found: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(f"/proc/self/task/{thread}/children") as file,
+        ):
+            found.update(map(int, file.read().split()))
+    return found
+
+
+def process_state(pid: int) -> str:
+    """One letter: R, S, T (stopped), Z, ... (proc_pid_stat(5))."""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def is_same_file(one: int, other: int) -> bool:
+    """Whether two descriptors are of one inode."""
+    return os.path.sameopenfile(one, other)
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process is stopped for as long as the block runs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: process_state(pid) == "T")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+# --- another process -------------------------------------------------------------------------
+
+
+class Peer:
+    """Another Python process, which calls functions of the test modules for us.
+
+    A function is found by its module and name; arguments and results are pickled.  What it must
+    keep for later (a loan) it puts into `support.kept`.
+    """
+
+    def __init__(self, **popen: Any) -> None:
+        path = [entry for entry in sys.path if entry]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "support"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            **popen,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have `function` called; `result` waits for it."""
+        assert self.process.stdin is not None
+        named = function.__module__, function.__qualname__
+        pickle.dump((*named, arguments), self.process.stdin)
+        self.process.stdin.flush()
+
+    def result(self, seconds: float = PATIENCE) -> Any:
+        """What the function that was started returned; what it raised is raised here."""
+        assert self.process.stdout is not None
+        assert self.is_done(seconds), "the other process gives no answer"
+        good, value = pickle.load(self.process.stdout)
+        if not good:
+            raise value
+        return value
+
+    def is_done(self, seconds: float = 0.0) -> bool:
+        """Whether the function that was started has ended."""
+        return bool(select.select([self.process.stdout], [], [], seconds)[0])
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Start and wait."""
+        self.start(function, *arguments)
+        return self.result(100.0)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for it to be gone."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        killed = self.process.poll() is not None
+        if error is not None:
+            self.process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        try:
+            status = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        assert error is not None or killed or status == 0, f"it ended with status {status}"
+
+
+def in_fork(function: Callable[[], Any]) -> Any:
+    """What `function` returns in a forked child; what it raises is raised here."""
+    wait = start_fork(function)
+    return wait()
+
+
+def start_fork(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Fork, and call `function` in the child; call the result to wait for its answer."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reader)
+            answer = _outcome(function)
+            while answer:
+                answer = answer[os.write(writer, answer) :]
+        finally:
+            os._exit(0)
+    os.close(writer)
+
+    def wait() -> Any:
+        with open(reader, "rb") as file:
+            answer = file.read()
+        os.waitpid(pid, 0)
+        good, value = pickle.loads(answer)
+        if not good:
+            raise value
+        return value
+
+    return wait
+
+
+def _outcome(function: Callable[..., Any], *arguments: Any) -> bytes:
+    try:
+        answer = True, function(*arguments)
+    except BaseException as error:
+        error.add_note(f"(in process {os.getpid()})")
+        answer = False, error
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:
+        return pickle.dumps((False, AssertionError(f"{answer!r}: {error!r}")))
+
+
+def _serve() -> None:
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            module, name, arguments = pickle.load(requests)
+        except EOFError:
+            break
+        __import__(module)
+        answers.write(_outcome(getattr(sys.modules[module], name), *arguments))
+        answers.flush()
+    requests.close()
+    answers.close()
+    kept.clear()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    sys.modules["support"] = sys.modules["__main__"]  # so that `kept` is there once
+    _serve()
