@@ -7,19 +7,17 @@ the owner lives on.  What is still lent then stays valid at the borrowers, as th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+import warnings
 
 from fdbroker.errors import BrokerStartError
 from fdbroker.ipc.client import Client
-
-if TYPE_CHECKING:
-    pass
 
 START_SECONDS = 30.0
 END_SECONDS = 5.0  # beside the drain, for the process to end
@@ -50,12 +48,28 @@ class Broker(Client):
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[bytes]:
+        ready, told = os.pipe()
+        try:
+            try:
+                process = self._spawn(told)
+            finally:
+                os.close(told)
+            try:
+                _wait_until_ready(process, ready)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+        finally:
+            os.close(ready)
+        return process
+
+    def _spawn(self, told: int) -> subprocess.Popen[bytes]:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        ready, told = os.pipe()
         owner = os.pidfd_open(self._owner_pid)
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 # -P: the folder we happen to be in is no place to import from
                 [
                     *(sys.executable, "-P", "-m", "fdbroker", "serve"),
@@ -63,26 +77,13 @@ class Broker(Client):
                     *("--ready-fd", str(told), "--owner-fd", str(owner)),
                 ],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # whoever reads the owner's must see its end
                 pass_fds=(told, owner),
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
                 start_new_session=True,  # Ctrl-C is for its owner, who then ends it
             )
         finally:
-            os.close(told)
             os.close(owner)
-        try:
-            poll = select.poll()
-            poll.register(ready, select.POLLIN)
-            if not poll.poll(START_SECONDS * 1000) or os.read(ready, 1) != b"\n":
-                process.kill()
-                raise BrokerStartError(process.wait())
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            os.close(ready)
-        return process
 
     def close(self) -> None:
         """End the broker, as the end of the block does.  In a forked child: only its sessions."""
@@ -101,3 +102,31 @@ class Broker(Client):
 
     def __enter__(self) -> Broker:
         return self
+
+    def __del__(self) -> None:
+        process = self.__dict__.get("_process")  # an interrupted constructor has set none
+        if process is None or process.returncode is not None:
+            return
+        if os.getpid() != self._owner_pid:
+            process.returncode = 0  # a forked child's copy
+            return
+        try:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        finally:
+            if not sys.is_finalizing():  # at the exit of its owner it waits for the loans
+                process.kill()  # a finalizer does not
+                process.wait()
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], ready: int) -> None:
+    """Wait for the newline in the pipe `ready`; `BrokerStartError`."""
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    if poll.poll(START_SECONDS * 1000):
+        if os.read(ready, 1):
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)  # its own status, which a kill might replace
+    process.kill()
+    raise BrokerStartError(process.wait())

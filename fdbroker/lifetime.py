@@ -54,22 +54,20 @@ class Lifetime:
 
 
 class LifetimeStats:
-    """`initialized`, `closed`, `close_failed`: how many FDs; `leaked`: the lives still open."""
+    """`initialized`, `closed`, `close_failed`: how many FDs; `leaked`: number and stack of each open one."""
 
     def __init__(self, lives: list[Lifetime]) -> None:
         outcomes = [life.outcome for life in lives]
         self.initialized = len(lives)
         self.closed = outcomes.count("closed")
         self.close_failed = outcomes.count("failed")
-        self.leaked = [life for life in lives if life.outcome == "open"]
+        self.leaked = [(life.sysfd, life.stack) for life in lives if life.outcome == "open"]
 
     def report(self) -> str:
         """What was never closed, each with the stack of its init; empty if nothing leaked."""
         if not self.leaked:
             return ""
-        lines = [
-            f"{len(self.leaked)} of {self.initialized} FDs were never closed:",
-        ]
-        for life in self.leaked:
-            lines += [f"FD {life.sysfd}, adopted at (most recent call last):", *life.stack]
+        lines = [f"{len(self.leaked)} of {self.initialized} FDs were never closed:"]
+        for sysfd, stack in self.leaked:
+            lines += [f"FD {sysfd}, adopted at (most recent call last):", *stack]
         return "\n".join(lines)

@@ -39,9 +39,19 @@ def serve(
     """Serve at `address` until drained.
 
     ready_fd: a newline is written to it when clients can connect; then it is closed.
-    owner_fd: the pidfd of the process it belongs to.
+    owner_fd: the pidfd of the process it belongs to; the folder of `address` is private then, and
+    goes with the broker, since its owner may have been killed.
     Raises `AlreadyServing`, `BadAddress`, OSError.
     """
+    with contextlib.ExitStack() as private:
+        if owner_fd is not None:
+            private.callback(_remove_folder, address)
+        _serve(address, ready_fd, owner_fd, drain_seconds)
+
+
+def _serve(
+    address: str, ready_fd: int | None, owner_fd: int | None, drain_seconds: float
+) -> None:
     sessions = _raise_file_limit()
     buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
     lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
@@ -73,6 +83,12 @@ def _watch_owner(server: Server, owner_fd: int) -> None:
         server.drain(None)
 
     server.watch(owner_fd, owner_has_ended)
+
+
+def _remove_folder(address: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(address + ".lock")
+        os.rmdir(os.path.dirname(address))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import threading
+from _thread import _count as _other_threads  # threading.active_count() takes a lock, and long
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -42,7 +43,7 @@ later: deque[Callable[[], None]] = deque()
 
 def threaded() -> bool:
     """Whether another thread could fork just now."""
-    return threading.active_count() > 1
+    return _other_threads() > 0
 
 
 def catch_up() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker import descriptors
 from fdbroker.errors import BrokerClosing, FDBrokerError, UnsupportedKind
+from fdbroker.ipc import unix
 from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode
 from fdbroker.ipc.session import too_many_files
 from fdbroker.ipc.workers import Job
@@ -76,6 +77,7 @@ class Put(Request):
             server.refuse(self.connection, self.seq, error)
             return
         entry.where = self.where
+        entry.ancillary = unix.rights((entry.sysfd,))
         server.custody.keep_entry(entry.slot, entry.sysfd)
         server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
 

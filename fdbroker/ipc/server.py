@@ -52,7 +52,9 @@ if TYPE_CHECKING:
 
     from fdbroker.lender import Lender
 
-READABLE = select.EPOLLIN
+READABLE = int(select.EPOLLIN)
+GONE = int(select.EPOLLHUP | select.EPOLLERR)
+UNANSWERED = (WAITING, CLOSING)
 EMPTIED = select.EPOLLOUT | select.EPOLLET  # an edge each time the peer has read a message
 SECOND = 1_000_000_000
 
@@ -76,7 +78,8 @@ class Server:
         self._by_slot: dict[int, Connection] = {}  # by session slot
         self._watched: dict[int, Callable[[], None]] = {}
         self._accepting = True
-        self._buffer = bytearray(MESSAGE_BYTES)
+        self._into: unix.Buffers = ((bytearray(MESSAGE_BYTES),),)
+        self._view = memoryview(self._into[0][0])
         self._epoll = select.epoll()
         self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
@@ -100,19 +103,20 @@ class Server:
 
     def run(self) -> None:
         """Serve until drained."""
-        lender = self.lender
-        while not self._finished():
-            for number, events in self._epoll.poll(self._patience()):
-                connection = self._connections.get(number)
+        lender, connections, watched = self.lender, self._connections, self._watched
+        poll = self._epoll.poll
+        while not self.draining or not self._finished():
+            for number, events in poll(self._patience()):
+                connection = connections.get(number)
                 if connection is not None:
                     self._serve(connection, events)
-                elif number in self._watched:
-                    self._watched[number]()
+                elif number in watched:
+                    watched[number]()
                 if lender.decisions or lender.closings:
                     self._settle()
-            if lender.next_deadline() is not None:
+            if lender.deadlines:
                 lender.expire(self.now())
-            self._settle()
+                self._settle()
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
@@ -141,15 +145,16 @@ class Server:
         self.listener.close()
 
     def _finished(self) -> bool:
-        if not self.draining:
-            return False
+        """Whether a drain is over."""
         done = not self.lender.entries and not self.workers.pending
         return done or (self._deadline is not None and self.now() >= self._deadline)
 
     def _patience(self) -> float | None:
-        deadline = self.lender.next_deadline()
-        if self._deadline is not None:
-            deadline = self._deadline if deadline is None else min(deadline, self._deadline)
+        """Seconds until the loop has something to do by itself."""
+        deadline = self._deadline
+        if self.lender.deadlines:
+            first = self.lender.next_deadline()
+            deadline = first if deadline is None else min(deadline, first or deadline)
         return None if deadline is None else max(0.0, (deadline - self.now()) / SECOND + 0.001)
 
     def _settle(self) -> None:
@@ -201,11 +206,11 @@ class Server:
 
     def _serve(self, connection: Connection, events: int) -> None:
         """One event of one session: receive one message, act upon it."""
-        if connection.unsent is not None and not events & (select.EPOLLHUP | select.EPOLLERR):
+        if connection.unsent is not None and not events & GONE:
             self._send_unsent(connection)
             return
         try:
-            size, inbox = unix.receive_now(connection.sock, self._buffer)
+            size, inbox = unix.receive_now(connection.sock, self._into)
         except BlockingIOError:
             return
         except OSError:  # ECONNRESET: it died with our messages unread
@@ -216,7 +221,7 @@ class Server:
             return
         connection.inbox = inbox
         try:
-            verb, seq, fields = decode_request(memoryview(self._buffer)[:size])
+            verb, seq, fields = decode_request(self._view[:size])
             if inbox is not None and not VERBS[verb].takes_descriptor:
                 raise ProtocolError("client", "it sent descriptors that nobody asked for")
             if connection.greeted:
@@ -229,14 +234,14 @@ class Server:
             if inbox is not None:
                 connection.inbox = None
                 if left := inbox.give_away():
-                    self.workers.submit(Discard(list(left)))
+                    self.workers.submit(Discard(left))
 
     def _handle(self, connection: Connection, verb: int, seq: int, fields: list[object]) -> None:
         session = connection.session
         if seq != session.seq + 1:
             self._repeat(connection, seq)
             return
-        if session.state in (WAITING, CLOSING) or connection.job is not None:
+        if connection.job is not None or session.state in UNANSWERED:
             if verb != CANCEL:
                 raise ProtocolError("client", "it sent a request before it had the last answer")
             if connection.job is not None:  # the answer is on its way
@@ -321,7 +326,7 @@ class Server:
         if connection.ended:
             return
         try:
-            unix.send(connection.sock, data, wait=False)
+            connection.sock.send(data, unix.SEND_NOW)
         except BlockingIOError:
             log.warning("event=ended %s reason=it-does-not-read", connection)
             self.end(connection)
@@ -357,10 +362,16 @@ class Server:
             connection.unsent = Unsent(seq, offset, fresh)
             self._epoll.modify(connection.number, EMPTIED)
             return
-        part = loan.entries[offset : offset + DESCRIPTORS]
-        data = encode([0, seq, len(loan.entries), len(part), loan.since])
+        entries = loan.entries
+        total = len(entries)
+        if total == 1 and fresh is None:
+            count, ancillary = 1, entries[0].ancillary
+        else:
+            fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
+            count, ancillary = len(fds), unix.rights(fds)
+        data = encode([0, seq, total, count, loan.since])
         try:
-            unix.send(connection.sock, data, fresh or [e.sysfd for e in part], wait=False)
+            unix.send_with(connection.sock, data, ancillary, unix.SEND_NOW)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.end(connection)
         except OSError as error:

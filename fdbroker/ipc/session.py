@@ -14,6 +14,7 @@ The end of a session returns its loan, so an interrupted request needs no other 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from socket import socket
@@ -22,7 +23,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
-from fdbroker.errors import BrokerGone, ProtocolError, TooManyFiles, VersionMismatch
+from fdbroker.errors import BrokerGone, FDBrokerError, ProtocolError, TooManyFiles, VersionMismatch
 from fdbroker.ipc import forks, unix
 from fdbroker.ipc.messages import (
     BORROW,
@@ -62,12 +63,13 @@ class Session:
 
     __slots__ = (
         "__weakref__",
-        "_buffer",
+        "_into",
         "_seq",
         "address",
+        "earlier",
         "exclusive",
         "forked",
-        "inboxes",
+        "inbox",
         "kept",
         "life",
         "mappings",
@@ -88,12 +90,13 @@ class Session:
         self.split = False  # no more messages
         self.forked = False  # the loan stayed with the parent
         self.kept = False  # a number was given away: open until the process ends
-        self.inboxes: list[unix.Inbox] = []  # the loan's descriptors, by message
+        self.inbox = unix.Inbox()  # the loan's descriptors, or ...
+        self.earlier: list[unix.Inbox] = []  # ... the last of them, after these
         self.wrappers: list[ref[Wrapper]] = []  # sockets and files: they end with the loan
         self.mappings: list[ref[Wrapper]] = []  # the loan ends with them
         self.life: FD | None = None  # counts the loan's mappings, once there is one
         self._seq = -1
-        self._buffer = bytearray(REPLY_BYTES)
+        self._into: unix.Buffers = ((bytearray(REPLY_BYTES),),)
         self.sock = unix.connect(address)
         self.over = False
         forks.sessions.add(self)
@@ -131,76 +134,80 @@ class Session:
         cancelled from here.  Any exception but a refusal has ended the session.
         """
         self._seq = seq = self._seq + 1
+        if self.inbox.raw:  # it holds a loan's first descriptors, and more of them are to come
+            self.earlier.append(self.inbox)
+            self.inbox = unix.Inbox()
         try:
-            try:
-                unix.send(self.sock, encode([verb, seq, *fields]), fds)
-            except (BrokenPipeError, ConnectionResetError):
-                raise StaleSession(self.address) from None
-            code, reply = self._reply(seq, size, timeout)
-            if code == 0 and verb in (BORROW, MORE):
-                self._check_promise(reply)
-            else:  # nothing was promised, so what came anyway is closed
-                self.inboxes.pop().close()
+            message = encode([verb, seq, *fields])
+            if fds:
+                unix.send_with(self.sock, message, unix.rights(fds))
+            else:
+                self.sock.send(message, unix.SEND)
+            into = self._into if size <= REPLY_BYTES else ((bytearray(size),),)
+            code, reply = self._reply(seq, into, timeout)
+            if verb not in (BORROW, MORE) or code:
+                self.inbox.close()  # nothing was promised
+            elif len(reply) != 3 or len(self.inbox.fds) != reply[1] or self.inbox.truncated:
+                raise self._broken_promise(reply)
+        except BrokenPipeError:  # of sending: the broker never saw this request
+            self.end()
+            raise StaleSession(self.address) from None
+        except ConnectionResetError as error:
+            self.end()
+            raise error if isinstance(error, BrokerGone) else BrokerGone(self.address) from None
         except BaseException:
             self.end()
             raise
         check_reply(verb, code, reply)
         return reply
 
-    def _reply(self, seq: int, size: int, timeout: float | None) -> tuple[int, list[Any]]:
-        """(code, fields) of the reply to `seq`, whose descriptors are in the last inbox.
+    def _reply(self, seq: int, into: unix.Buffers, timeout: float | None) -> tuple[int, list[Any]]:
+        """(code, fields) of the reply to `seq`; its descriptors are in the inbox.
 
         One to another seq is passed over, and what it brought is closed.
         """
-        buffer = self._buffer if size <= len(self._buffer) else bytearray(size)
+        inbox = self.inbox
         deadline = None if timeout is None else monotonic() + timeout + GRACE_SECONDS
         cancelled = False
         while True:
-            inbox = unix.Inbox()
-            self.inboxes.append(inbox)
-            while not self._receive(buffer, inbox, deadline):
+            if deadline is None and not forks.threaded():
+                unix.receive(self.sock, into, inbox)
+            while not inbox.raw and not self._receive(into, deadline):
                 if cancelled:  # not even that was answered
                     raise BrokerGone(self.address)
                 self._seq += 1
-                unix.send(self.sock, encode([CANCEL, self._seq]), wait=False)
+                with contextlib.suppress(OSError):
+                    self.sock.send(encode([CANCEL, self._seq]), unix.SEND_NOW)
                 deadline, cancelled = monotonic() + GRACE_SECONDS, True
             length = inbox.sort()
             if length == 0:
                 raise BrokerGone(self.address)
-            code, of, reply = decode_reply(memoryview(buffer)[:length])
+            code, of, reply = decode_reply(memoryview(into[0][0])[:length])
             if of == seq:
                 return code, reply
-            self.inboxes.pop().close()
+            inbox.close()
 
-    def _receive(self, buffer: bytearray, inbox: unix.Inbox, deadline: float | None) -> bool:
-        """Take one message; False if there is none until the deadline."""
-        try:
-            if deadline is None and not forks.threaded():
-                unix.receive(self.sock, buffer, inbox)
+    def _receive(self, into: unix.Buffers, deadline: float | None) -> bool:
+        """Take one message where another thread may fork; False if there is none in time."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        while poll.poll(None if deadline is None else max(0.0, deadline - monotonic()) * 1000):
+            try:
+                with forks.GATE:
+                    unix.receive(self.sock, into, self.inbox, unix.RECEIVE_NOW)
                 return True
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            while poll.poll(None if deadline is None else max(0.0, deadline - monotonic()) * 1000):
-                try:
-                    with forks.GATE:
-                        unix.receive(self.sock, buffer, inbox, unix.RECEIVE_NOW)
-                    return True
-                except BlockingIOError:
-                    continue
-                finally:
-                    forks.catch_up()
-            return False
-        except ConnectionResetError:
-            raise BrokerGone(self.address) from None
+            except BlockingIOError:
+                continue
+            finally:
+                forks.catch_up()
+        return False
 
-    def _check_promise(self, reply: list[Any]) -> None:
-        """Raise `TooManyFiles` unless all descriptors came that the payload speaks of."""
-        inbox = self.inboxes[-1]
+    def _broken_promise(self, reply: list[Any]) -> FDBrokerError:
+        """What to raise when not all descriptors came that the payload speaks of."""
         promised = reply[1] if len(reply) == 3 else -1
-        if len(inbox.fds) > promised:
-            raise ProtocolError("broker", "more descriptors came than it promised")
-        if inbox.truncated or len(inbox.fds) < promised:
-            raise too_many_files("client")
+        if len(self.inbox.fds) > promised:
+            return ProtocolError("broker", "more descriptors came than it promised")
+        return too_many_files("client")
 
     # --- its loan ---
 
@@ -212,7 +219,9 @@ class Session:
     @property
     def fds(self) -> list[int]:
         """The numbers of the loan, in the order of its names."""
-        return [number for inbox in self.inboxes for number in inbox.fds]
+        if not self.earlier:
+            return self.inbox.fds
+        return [number for inbox in (*self.earlier, self.inbox) for number in inbox.fds]
 
     def count_mappings(self) -> FD:
         """The FD whose references are the loan's mappings: its close is the loan's return.
@@ -300,7 +309,7 @@ class Session:
             return
         self._seq += 1
         try:
-            unix.send(self.sock, encode([RETURN, self._seq]), wait=False)
+            self.sock.send(encode([RETURN, self._seq]), unix.SEND_NOW)
         except OSError:  # a stopped broker's full queue, or no broker: the end is a return too
             self.end()
         else:
@@ -308,13 +317,14 @@ class Session:
 
     def close_descriptors(self) -> None:
         """Close all numbers of the loan."""
-        for inbox in self.inboxes:
-            inbox.close()
-        self.inboxes.clear()
+        while self.earlier:
+            self.earlier[-1].close()
+            self.earlier.pop()
+        self.inbox.close()
 
     def give_away_descriptors(self) -> None:
         """The numbers of the loan are somebody else's from now on."""
-        for inbox in self.inboxes:
+        for inbox in (*self.earlier, self.inbox):
             inbox.give_away()
 
     def end(self) -> None:

@@ -28,8 +28,17 @@ SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer ha
 NOTHING_UNREAD = struct.pack("i", 0)
 PATH_BYTES = 107  # sun_path, less its final NUL
 BACKLOG = 1024
-RECEIVE = socket.MSG_CMSG_CLOEXEC
-RECEIVE_NOW = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+# plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
+RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
+RECEIVE_NOW = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+SEND = int(socket.MSG_NOSIGNAL)
+SEND_NOW = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+LOST = int(socket.MSG_CTRUNC)
+INT = struct.Struct("i")
+SOL_SOCKET, SCM_RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+
+Buffers = tuple[tuple[bytearray]]  # recvmsg_into's first argument, ready for `map`
+Ancillary = tuple[tuple[int, int, bytes]]
 
 
 class Inbox:
@@ -40,72 +49,73 @@ class Inbox:
     closes in C: neither a signal nor a second thread can come between the two.
     """
 
-    __slots__ = ("_rights", "fds", "raw", "truncated")
+    __slots__ = ("_rights", "fds", "raw")
 
     def __init__(self) -> None:
         self.raw: list[tuple[int, list[tuple[int, int, bytes]], int, object]] = []
-        self.fds: tuple[int, ...] = ()
-        self.truncated = False  # descriptors were lost on the way (MSG_CTRUNC)
+        self.fds: list[int] = []
         self._rights: Iterator[int] | None = None
 
     def sort(self) -> int:
         """How many bytes the message has; `fds` are the descriptors that came."""
-        fds: list[int] = []
-        size = 0
-        for received, ancillary, flags, _ in self.raw:
-            size = received
-            self.truncated = bool(flags & socket.MSG_CTRUNC)
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    count = len(data) // 4
-                    fds += struct.unpack_from(f"{count}i", data)
-        self.fds = tuple(fds)
-        self._rights = iter(self.fds)
+        ((size, ancillary, _, _),) = self.raw
+        if ancillary:
+            self.fds = [
+                number
+                for level, kind, data in ancillary
+                if level == SOL_SOCKET and kind == SCM_RIGHTS
+                for (number,) in INT.iter_unpack(data[: len(data) // 4 * 4])
+            ]
+            self._rights = iter(self.fds)
         return size
 
+    @property
+    def truncated(self) -> bool:
+        """Whether descriptors were lost on the way (MSG_CTRUNC)."""
+        return bool(self.raw and self.raw[0][2] & LOST)
+
     def close(self) -> None:
-        """Close what is still owned; each number at most once, whoever calls and how often.
+        """Close what is still owned, each number once, and be empty again.
 
         A number that somebody else closed is passed over.
         """
-        rights = self._unsorted() if self._rights is None else self._rights
-        while True:
+        if self._rights is None and self.raw:
+            self.sort()
+        while self._rights is not None:
             try:
-                for _ in map(os.close, rights):
+                for _ in map(os.close, self._rights):
                     pass
-                return
+                break
             except OSError:
                 continue  # that one is gone (close(2): never retry), go on with the others
+        self.raw.clear()
+        self.fds = []
+        self._rights = None
 
-    def give_away(self) -> tuple[int, ...]:
+    def give_away(self) -> list[int]:
         """The numbers, which are the caller's from now on."""
-        return tuple(self._unsorted() if self._rights is None else self._rights)
-
-    def _unsorted(self) -> Iterator[int]:
-        self.sort()
-        assert self._rights is not None
-        return self._rights
+        return list(self._rights or ())
 
     def __del__(self) -> None:
         if self.raw:
             self.close()
 
 
-def receive(sock: socket.socket, buffer: bytearray, inbox: Inbox, flags: int = RECEIVE) -> None:
-    """Take one message into `buffer`, its descriptors into `inbox`.
+def receive(sock: socket.socket, into: Buffers, inbox: Inbox, flags: int = RECEIVE) -> None:
+    """Take one message into a buffer, its descriptors into an empty `inbox`.
 
     After it `inbox.sort()` tells the size; 0 is the end of the session.
     """
-    inbox.raw.extend(map(sock.recvmsg_into, ((buffer,),), (ANCILLARY_BYTES,), (flags,)))
+    inbox.raw.extend(map(sock.recvmsg_into, into, (ANCILLARY_BYTES,), (flags,)))
 
 
-def receive_now(sock: socket.socket, buffer: bytearray) -> tuple[int, Inbox | None]:
+def receive_now(sock: socket.socket, into: Buffers) -> tuple[int, Inbox | None]:
     """Take one message if there is one, else BlockingIOError: its size, and what came with it.
 
     For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.
     """
-    received = sock.recvmsg_into((buffer,), ANCILLARY_BYTES, RECEIVE_NOW)
-    if not received[1] and not received[2] & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    received = sock.recvmsg_into(into[0], ANCILLARY_BYTES, RECEIVE_NOW)
+    if not received[1] and not received[2] & LOST:
         return received[0], None
     inbox = Inbox()
     inbox.raw.append(received)
@@ -113,23 +123,23 @@ def receive_now(sock: socket.socket, buffer: bytearray) -> tuple[int, Inbox | No
     return received[0], inbox
 
 
-def send(sock: socket.socket, data: bytes, fds: Sequence[int] = (), *, wait: bool = True) -> None:
-    """Send one message with copies of `fds`, which stay the caller's.
+def rights(fds: Sequence[int]) -> Ancillary:
+    """The ancillary data that sends copies of `fds`, which stay the caller's."""
+    return ((SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds)),)
 
-    Unless it may `wait` a full queue is `BlockingIOError`.  OSError ETOOMANYREFS: the kernel
-    refuses one more descriptor in flight for this uid; nothing was sent.
+
+def send_with(sock: socket.socket, data: bytes, ancillary: Ancillary, flags: int = SEND) -> None:
+    """Send one message with descriptors.
+
+    With SEND_NOW a full queue is BlockingIOError.  OSError ETOOMANYREFS: the kernel refuses one
+    more descriptor in flight for this uid; nothing was sent.
     """
-    flags = socket.MSG_NOSIGNAL if wait else socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-    if fds:
-        rights = struct.pack(f"{len(fds)}i", *fds)
-        sock.sendmsg((data,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights),), flags)
-    else:
-        sock.send(data, flags)
+    sock.sendmsg((data,), ancillary, flags)
 
 
 def all_read(sock: socket.socket) -> bool:
     """Whether the peer has taken everything that was sent to it (SIOCOUTQ, unix(7))."""
-    return ioctl(sock, SIOCOUTQ, NOTHING_UNREAD) == NOTHING_UNREAD
+    return ioctl(sock.fileno(), SIOCOUTQ, NOTHING_UNREAD) == NOTHING_UNREAD
 
 
 def end(sock: socket.socket) -> None:

@@ -44,6 +44,10 @@ STATE_MASK = (1 << STATE_BITS) - 1
 NONE = 0xFFFFFFFF  # no entry, no cell
 
 
+# what a SessionRecord is a plain tuple of: on the hot path its constructor would show
+SessionFields = tuple[int, int, int, int, int, int, int, int, int, int, bytes]
+
+
 class SessionRecord(NamedTuple):
     """What a session asked for and got, in the order of the record; without meaning while IDLE."""
 
@@ -138,10 +142,10 @@ class Ledger:
         """Write the id of a new session, into a free slot."""
         self.words[self._sessions_at + slot * SESSION_WORDS + 1] = id
 
-    def write_session(self, slot: int, record: SessionRecord) -> None:
+    def write_session(self, slot: int, record: SessionFields) -> None:
         """Write a session's fields; they mean nothing until `commit_session`."""
         at = (self._sessions_at + slot * SESSION_WORDS + 2) * 8
-        if record.purpose_size:
+        if record[-1]:
             SESSION.pack_into(self.buffer, at, *record)
         else:
             SESSION_FIXED.pack_into(self.buffer, at, *record[:-1])

@@ -89,7 +89,7 @@ class Lender:
         self._session_slots = Slots(ledger.sessions, "sessions")
         self._entry_slots = Slots(ledger.entries, "entries")
         self._cells = Slots(ledger.cells, "loans of several entries")
-        self._deadlines: list[tuple[int, int, int, int]] = []  # (deadline, id, seq, slot), a heap
+        self.deadlines: list[tuple[int, int, int, int]] = []  # (deadline, id, seq, slot), a heap
 
     # --- sessions ---
 
@@ -144,7 +144,10 @@ class Lender:
         `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout` where
         the timeout is 0.
         """
-        entries = [self.find(name) for name in names]
+        entries = []
+        for name in names:
+            entry = self.names.get(name) if type(name) is str else None
+            entries.append(entry or self.find(name))
         loan = Loan(seq, entries, exclusive, readonly, purpose)
         granted = True
         for entry in entries:
@@ -312,7 +315,7 @@ class Lender:
 
     def next_deadline(self) -> int | None:
         """When `expire` has something to do, if ever."""
-        heap = self._deadlines
+        heap = self.deadlines
         while heap and not self._is_pending(heap[0]):
             heappop(heap)  # that wait is over
         return heap[0][0] if heap else None
@@ -320,7 +323,7 @@ class Lender:
     def expire(self, now: int) -> None:
         """Decide for everyone whose deadline has come."""
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            self._time_out(self.sessions[heappop(self._deadlines)[3]], now)
+            self._time_out(self.sessions[heappop(self.deadlines)[3]], now)
 
     # --- what the events are made of; `load` puts the same pieces together ---
 
@@ -332,7 +335,7 @@ class Lender:
         purpose = loan.purpose.encode()
         self.ledger.write_session(
             session.slot,
-            SessionRecord(
+            (
                 loan.seq,
                 loan.arrival,
                 session.asked,
@@ -355,7 +358,7 @@ class Lender:
             self.note_deadline(session)
 
     def note_deadline(self, session: Session) -> None:
-        heap = self._deadlines
+        heap = self.deadlines
         if len(heap) > 2 * len(self.sessions):  # most of them are of waits that are over
             heap[:] = filter(self._is_pending, heap)
             heapify(heap)

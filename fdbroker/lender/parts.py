@@ -10,7 +10,7 @@ Plain records with the states they can be in; what moves them is in `lender.py`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from fdbroker.rc import FD
@@ -36,6 +36,7 @@ class Entry:
     """A descriptor that the broker keeps under a name, or nameless under a ticket."""
 
     __slots__ = (
+        "ancillary",
         "ephemeral",
         "fd",
         "generation",
@@ -65,6 +66,7 @@ class Entry:
         self.generation = generation
         self.fd = fd
         self.sysfd = fd.incref()  # the closer's reference
+        self.ancillary: Any = None  # what the channel sends of it; not in the ledger
         self.where = ""  # its path or address, for people; not in the ledger
         self.state = LIVE
         self.kind = 0

@@ -6,6 +6,7 @@ import pytest
 from lender_kit import SECOND, Rig
 
 from fdbroker.errors import (
+    BadName,
     BorrowTimeout,
     BrokerFull,
     ProtocolError,
@@ -188,6 +189,22 @@ def test_an_unknown_name_among_several_leaves_nothing_behind(lot: Rig):
     assert (client.state, client.seq, client.loan) == (IDLE, 0, None)
 
 
+def test_what_cannot_be_a_name_is_said_to_be_none(lot: Rig):
+    (client,) = lot.clients(1)
+    for name in ("", "a b", "n" * 256, "a\n"):
+        with pytest.raises(BadName):
+            lot.borrow(client, name)
+
+
+def test_a_loan_that_could_not_be_sent_is_taken_back(lot: Rig):
+    holder, waiting = lot.clients(2)
+    lot.borrow(holder, "a", "b", exclusive=True)
+    lot.borrow(waiting, "a")
+    lot.lender.take_back(holder, lot.now)
+    assert lot.granted() == [waiting]
+    assert (holder.state, holder.seq, holder.loan) == (IDLE, 1, None)
+
+
 def test_a_nameless_entry_is_borrowed_by_its_ticket(lot: Rig):
     (client,) = lot.clients(1)
     lot.put("", ticket=b"0123456789abcdef")
@@ -322,7 +339,7 @@ def test_waits_that_are_over_do_not_pile_up(lot: Rig):
         assert not lot.borrow(waiting, "a", timeout=3600 * SECOND)
         lot.cancel(waiting)
         lot.lender.decisions.clear()
-    assert len(lot.lender._deadlines) < 10
+    assert len(lot.lender.deadlines) < 10
 
 
 # --- giving up and giving back
