@@ -54,7 +54,10 @@ class Lifetime:
 
 
 class LifetimeStats:
-    """`initialized`, `closed`, `close_failed`: how many FDs; `leaked`: number and stack of each open one."""
+    """How many FDs were `initialized`, `closed`, `close_failed`; of the others, all that `leaked`:
+
+    a list of the number and the stack of each.
+    """
 
     def __init__(self, lives: list[Lifetime]) -> None:
         outcomes = [life.outcome for life in lives]

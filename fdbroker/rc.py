@@ -280,10 +280,9 @@ class FD:
             raise self._refusal()
         if refs := self.refs:
             raise ReferencedFDError(refs)
+        take = self._tokens.remove
         try:
-            for _ in map(self._tokens.remove, (_RETIRE,)):
-                for _ in map(self._tokens.remove, (_CLOSE,)):
-                    break
+            for _ in zip(map(take, (_RETIRE,)), map(take, (_CLOSE,)), strict=True):  # both at once
                 try:
                     self._sysfd = ~sysfd
                     if refs := self.refs:
@@ -297,17 +296,22 @@ class FD:
                     raise
         except ValueError:  # of remove: another thread retires it
             raise ClosedFDError from None
-        raise AssertionError
+        raise AssertionError  # the loop has one turn
 
     def __del__(self) -> None:
-        state = getattr(self, "_sysfd", _CLOSED)  # an interrupted constructor has set none
-        if state <= _UNINITIALIZED:
-            return
+        try:
+            if (state := self._sysfd) <= _UNINITIALIZED:
+                return
+        except AttributeError:
+            return  # the constructor was interrupted
         try:
             warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
-            self._final_close(max(state, ~state))
-            self._settle()
+            try:
+                self._final_close(max(state, ~state))
+            finally:  # see decref
+                self._final_close(max(state, ~state))
+                self._settle()
         if self._error is not None:
             raise self._error
 

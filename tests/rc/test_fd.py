@@ -1,0 +1,557 @@
+"""What an FD promises, asked of the kernel; with its lock-free slot and with the guarded one."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import fdbroker.rc
+from fdbroker.errors import (
+    ClosedFDError,
+    CloseTimeout,
+    MultipleInitError,
+    ReferencedFDError,
+    StolenFDError,
+    UnbalancedDecrefError,
+    UninitializedFDError,
+)
+
+from . import kit
+
+
+@pytest.fixture(scope="module", params=["lock-free", "guarded"])
+def rc(request: pytest.FixtureRequest) -> Any:
+    return fdbroker.rc if request.param == "lock-free" else kit.guarded()
+
+
+@pytest.fixture
+def pipe() -> Iterator[kit.Pipe]:
+    with kit.Pipe() as pipe:
+        yield pipe
+
+
+def refused_soon(fd: Any) -> None:
+    """Until another thread has retired it."""
+    while True:
+        try:
+            fd.incref()
+        except ClosedFDError:
+            return
+        fd.decref()
+
+
+# --- init
+
+
+def test_init_then_use(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD()
+    fd.init(pipe.write)
+    with fd.use() as sysfd:
+        assert sysfd == pipe.write
+    assert not pipe.ended()
+    fd.close()
+    assert pipe.ended()
+    assert not kit.is_open(pipe.write)
+
+
+def test_the_constructor_adopts(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    assert fd.incref() == pipe.write
+    fd.decref()
+    fd.close()
+    assert pipe.ended()
+
+
+def test_a_second_init_leaves_the_number_to_the_caller(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    other = os.dup(pipe.read)
+    with pytest.raises(MultipleInitError) as raised:
+        fd.init(other)
+    assert raised.value.sysfd == other
+    fd.close()
+    assert kit.is_open(other)
+    os.close(other)
+
+
+def test_init_after_close(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    fd.close()
+    with pytest.raises(ClosedFDError):
+        fd.init(pipe.read)
+    assert kit.is_open(pipe.read)
+
+
+def test_init_after_retire(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    with fd.use():
+        fd.retire()
+        with pytest.raises(ClosedFDError):
+            fd.init(pipe.read)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 20])
+def test_a_number_that_is_no_descriptor_is_not_adopted(rc: Any, number: int) -> None:
+    fd = rc.FD()
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
+        fd.init(number)
+    assert raised.value.errno == errno.EBADF
+    assert repr(fd) == "<FD uninitialized, 0 references>"
+
+
+def test_of_many_threads_one_adopts(rc: Any) -> None:
+    fd = rc.FD()
+    numbers = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    start, refused = threading.Barrier(len(numbers)), []
+
+    def adopt(number: int) -> None:
+        start.wait()
+        try:
+            fd.init(number)
+        except MultipleInitError as error:
+            refused.append(error.sysfd)
+
+    threads = [threading.Thread(target=adopt, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == len(numbers) - 1
+    with fd.use() as sysfd:
+        assert {sysfd, *refused} == set(numbers)
+    fd.close()
+    for number in refused:
+        os.close(number)
+
+
+# --- references
+
+
+def test_use_before_init(rc: Any) -> None:
+    fd = rc.FD()
+    with pytest.raises(UninitializedFDError), fd.use():
+        pass
+    with pytest.raises(UninitializedFDError):
+        fd.incref()
+    assert fd.refs == 0
+
+
+def test_use_after_close(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    fd.close()
+    with pytest.raises(ClosedFDError), fd.use():
+        pass
+    with pytest.raises(ClosedFDError):
+        fd.incref()
+    assert fd.refs == 0
+
+
+def test_the_callers_error_comes_through_use(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    mine = RuntimeError("mine")
+    with pytest.raises(RuntimeError) as raised, fd.use():
+        raise mine
+    assert raised.value is mine
+    assert fd.refs == 0
+    fd.close()
+
+
+def test_uses_nest_and_are_counted(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    with fd.use(), fd.use():
+        assert fd.refs == 2
+        fd.incref()
+        assert fd.refs == 3
+        fd.decref()
+    assert fd.refs == 0
+    fd.close()
+
+
+def test_one_decref_too_many(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD()
+    with pytest.raises(UnbalancedDecrefError):
+        fd.decref()
+    fd.init(pipe.write)
+    for _ in range(3):
+        with pytest.raises(UnbalancedDecrefError):
+            fd.decref()
+    with fd.use():
+        assert fd.refs == 1
+    assert kit.is_open(pipe.write)
+    fd.close()
+    assert pipe.ended()
+    for _ in range(3):
+        with pytest.raises(UnbalancedDecrefError):
+            fd.decref()
+    assert fd.refs == 0
+
+
+# --- the end
+
+
+def test_close_before_init(rc: Any) -> None:
+    fd = rc.FD()
+    for end in (fd.close, fd.retire, fd.wait_closed, fd.detach):
+        with pytest.raises(UninitializedFDError):
+            end()
+
+
+def test_a_second_close(rc: Any, pipe: kit.Pipe) -> None:
+    closes: list[int] = []
+    fd = rc.FD(pipe.write, lambda sysfd: (closes.append(sysfd), os.close(sysfd)))
+    fd.close()
+    for end in (fd.close, fd.retire, fd.detach):
+        with pytest.raises(ClosedFDError):
+            end()
+    assert closes == [pipe.write]
+
+
+def test_retire_never_waits_and_the_last_decref_closes(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    told: list[OSError | None] = []
+    fd.incref()
+    fd.incref()
+    fd.retire(told.append)
+    with pytest.raises(ClosedFDError):
+        fd.incref()
+    with pytest.raises(ClosedFDError):
+        fd.retire(told.append)
+    with pytest.raises(ClosedFDError):
+        fd.close()
+    fd.decref()
+    assert not pipe.ended()
+    assert not told
+    assert not fd.closed
+    fd.decref()
+    assert pipe.ended()
+    assert told == [None]
+    assert fd.closed
+    assert fd.refs == 0
+
+
+def test_on_closed_comes_after_the_close(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    seen: list[bool] = []
+    fd.retire(lambda _: seen.append(pipe.ended()))
+    assert seen == [True]
+
+
+def test_an_exception_of_on_closed_comes_out_of_who_closes(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    fd.incref()
+
+    def on_closed(error: OSError | None) -> None:
+        raise LookupError("mine")
+
+    fd.retire(on_closed)
+    waiter = threading.Thread(target=fd.wait_closed)
+    waiter.start()
+    with pytest.raises(LookupError, match="mine"):
+        fd.decref()
+    waiter.join()
+    assert pipe.ended()
+
+
+def test_close_gives_up_and_the_last_decref_still_closes(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    fd.incref()
+    for timeout in (0, -1, 0.01):
+        with pytest.raises(CloseTimeout) as raised:
+            fd.close(timeout) if timeout == 0 else fd.wait_closed(timeout)
+        assert isinstance(raised.value, TimeoutError)
+        assert raised.value.refs == 1
+    assert not fd._waiters  # who gave up left nothing behind
+    with pytest.raises(ClosedFDError):
+        fd.incref()
+    assert not pipe.ended()
+    fd.decref()
+    assert pipe.ended()
+    fd.wait_closed(0)
+
+
+@pytest.mark.parametrize("waits", ["close", "wait_closed"])
+def test_the_last_decref_wakes_who_waits(rc: Any, pipe: kit.Pipe, waits: str) -> None:
+    fd = rc.FD(pipe.write)
+    fd.incref()
+    ended: list[bool] = []
+
+    def wait() -> None:
+        getattr(fd, waits)()
+        ended.append(pipe.ended())
+
+    count = 1 if waits == "close" else 5
+    threads = [threading.Thread(target=wait) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    if waits == "wait_closed":
+        fd.retire()
+    refused_soon(fd)
+    fd.decref()
+    for thread in threads:
+        thread.join()
+    assert ended == [True] * len(threads)
+
+
+def test_a_keyboard_interrupt_ends_the_wait_and_not_the_close(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    fd.incref()
+
+    def interrupt() -> None:
+        refused_soon(fd)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        fd.close()
+    thread.join()
+    assert not pipe.ended()
+    fd.decref()
+    assert pipe.ended()
+
+
+def test_a_failing_close(rc: Any) -> None:
+    def close(sysfd: int) -> None:
+        raise OSError(errno.EIO, "the disk said no")
+
+    fd = rc.FD(7, close)
+    with pytest.raises(OSError, match="the disk said no"):
+        fd.close()
+    with pytest.raises(OSError, match="the disk said no"):
+        fd.wait_closed()
+    assert fd.closed
+    with pytest.raises(ClosedFDError):
+        fd.close()
+    told: list[OSError | None] = []
+    fd = rc.FD(7, close)
+    with fd.use():
+        fd.retire(told.append)
+    (error,) = told
+    assert error is not None
+    assert error.errno == errno.EIO
+
+
+def test_a_close_that_raises_what_it_must_not(rc: Any) -> None:
+    told: list[OSError | None] = []
+    fd = rc.FD(7, {}.__getitem__)
+    fd.retire(told.append)
+    assert fd.closed
+    assert isinstance(told[0], OSError)
+    assert "KeyError(7)" in str(told[0])
+
+
+def test_the_number_was_closed_by_somebody_else(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    os.close(pipe.write)
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
+        fd.close()
+    assert raised.value.errno == errno.EBADF
+    assert fd.closed
+
+
+def test_a_stolen_number_is_left_alone(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    with kit.Pipe() as other:
+        os.dup2(other.write, pipe.write)  # closes it, and makes the number another descriptor
+        os.close(other.write)
+        with pytest.raises(StolenFDError) as raised:
+            fd.close()
+        assert raised.value.sysfd == pipe.write
+        assert fd.closed
+        assert not other.ended()
+        os.close(pipe.write)
+        assert other.ended()
+
+
+def test_a_stolen_number_is_told_to_on_closed(rc: Any, tmp_path: Any) -> None:
+    first = os.open(tmp_path / "a", os.O_CREAT)
+    second = os.open(tmp_path / "b", os.O_CREAT)
+    told: list[OSError | None] = []
+    fd = rc.FD(first)
+    os.dup2(second, first)
+    fd.retire(told.append)
+    assert [type(error) for error in told] == [StolenFDError]
+    os.close(first)
+    os.close(second)
+
+
+def test_anonymous_inodes_are_unknown_and_close(rc: Any) -> None:
+    first, second = os.eventfd(0), os.eventfd(0)
+    fd = rc.FD(first)
+    os.dup2(second, first)
+    fd.close()
+    assert not kit.is_open(first)
+    os.close(second)
+
+
+def test_close_of_its_own(rc: Any) -> None:
+    """A handle that fstat knows nothing of, above what an int of C holds."""
+    handle, closed = 0xFFFF_FFFF_FFFF, []
+    fd = rc.FD(handle, closed.append)
+    with fd.use() as given:
+        assert given == handle
+        fd.retire()
+        assert repr(fd) == f"<FD {handle} retired, 1 reference>"
+        assert not closed
+    assert closed == [handle]
+
+
+def test_close_func_is_what_closes(rc: Any, pipe: kit.Pipe, monkeypatch: Any) -> None:
+    closed: list[int] = []
+    fd = rc.FD(pipe.write)
+    monkeypatch.setattr(rc, "close_func", closed.append)
+    fd.close()
+    assert closed == [pipe.write]
+    assert not pipe.ended()
+    os.close(pipe.write)
+
+
+# --- detach
+
+
+def test_detach_gives_the_number_away(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    waiter = threading.Thread(target=fd.wait_closed)
+    waiter.start()
+    assert fd.detach() == pipe.write
+    waiter.join()
+    assert fd.closed
+    assert repr(fd) == "<FD detached, 0 references>"
+    for refused in (fd.incref, fd.close, fd.retire, fd.detach):
+        with pytest.raises(ClosedFDError):
+            refused()
+    fd.wait_closed()
+    del fd
+    assert not pipe.ended()
+    os.close(pipe.write)
+    assert pipe.ended()
+
+
+def test_detach_wants_no_references(rc: Any, pipe: kit.Pipe) -> None:
+    fd = rc.FD(pipe.write)
+    with fd.use(), fd.use():
+        with pytest.raises(ReferencedFDError) as raised:
+            fd.detach()
+        assert raised.value.refs == 2
+    with fd.use() as sysfd:
+        assert sysfd == pipe.write
+        fd.retire()
+        with pytest.raises(ClosedFDError):
+            fd.detach()
+    assert pipe.ended()
+
+
+# --- left alone
+
+
+@pytest.mark.parametrize("state", ["live", "referenced", "retired"])
+def test_collected_unclosed_it_closes_and_warns(rc: Any, pipe: kit.Pipe, state: str) -> None:
+    fd = rc.FD(pipe.write)
+    told: list[OSError | None] = []
+    if state != "live":
+        fd.incref()
+    if state == "retired":
+        fd.retire(told.append)
+    with pytest.warns(ResourceWarning, match=f"unclosed <FD {pipe.write}"):
+        del fd
+    assert pipe.ended()
+    assert told == ([None] if state == "retired" else [])
+
+
+def test_collected_in_a_cycle_with_who_refers_to_it(rc: Any, pipe: kit.Pipe) -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.fd = rc.FD(pipe.write)
+            self.fd.incref()
+            self.me = self
+
+        def __del__(self) -> None:
+            self.fd.decref()
+
+    holder = Holder()
+    del holder
+    with pytest.warns(ResourceWarning):
+        gc.collect()
+    assert pipe.ended()
+
+
+def test_what_was_closed_or_never_used_is_collected_quietly(rc: Any, pipe: kit.Pipe) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rc.FD()
+        fd = rc.FD(pipe.write)
+        fd.close()
+        del fd
+    assert not caught
+
+
+def test_it_closes_where_a_warning_is_an_error(pipe: kit.Pipe) -> None:
+    """And at the end of the interpreter: the pipe ends, with the child or before it."""
+    code = f"import fdbroker.rc; fd = fdbroker.rc.FD({pipe.write})"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        pass_fds=[pipe.write],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "ResourceWarning: unclosed <FD" in done.stderr
+    os.close(pipe.write)
+    assert pipe.ended()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda rc, n: rc.FD(), "<FD uninitialized, 0 references>"),
+        (lambda rc, n: rc.FD(n), "<FD {n}, 0 references>"),
+    ],
+)
+def test_repr(rc: Any, pipe: kit.Pipe, make: Any, says: str) -> None:
+    fd = make(rc, pipe.write)
+    assert repr(fd) == says.format(n=pipe.write)
+    if fd._sysfd >= 0:
+        with fd.use():
+            assert repr(fd) == f"<FD {pipe.write}, 1 reference>"
+            fd.retire()
+            assert repr(fd) == f"<FD {pipe.write} retired, 1 reference>"
+        assert repr(fd) == "<FD closed, 0 references>"
+    else:
+        os.close(pipe.write)
+
+
+def test_many_cost_little() -> None:
+    """100,000 of them are to fit: an Event each, or a deque, would be a kilobyte."""
+    numbers = [1000] * 1000
+    import tracemalloc
+
+    gc.collect()
+    tracemalloc.start()
+    try:
+        fds = [fdbroker.rc.FD(number, int) for number in numbers]
+        for fd in fds:
+            with fd.use():
+                pass
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    for fd in fds:
+        fd.close()
+    assert used / len(fds) < 320
+
+
+def test_the_import_is_light() -> None:
+    """`fdbroker exec` is to start in little more than bare Python takes."""
+    code = "import sys, fdbroker.rc; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"dataclasses", "traceback", "inspect", "threading", "queue", "platform", "tempfile"}
+    assert not heavy & set(done.stdout.split())
