@@ -13,6 +13,7 @@ import mmap
 import os
 import resource
 import signal
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from fdbroker.ipc.server import Server
@@ -20,6 +21,7 @@ from fdbroker.ipc.unix import Listener
 from fdbroker.lender import Ledger, Lender
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType
 
 ENTRIES = 131_072  # room in the ledger; pages that are never written take no memory
@@ -49,9 +51,7 @@ def serve(
         _serve(address, ready_fd, owner_fd, drain_seconds)
 
 
-def _serve(
-    address: str, ready_fd: int | None, owner_fd: int | None, drain_seconds: float
-) -> None:
+def _serve(address: str, ready_fd: int | None, owner_fd: int | None, drain_seconds: float) -> None:
     sessions = _raise_file_limit()
     buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
     lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
@@ -92,22 +92,31 @@ def _remove_folder(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals(server: Server, drain_seconds: float):  # type: ignore[no-untyped-def]
-    """SIGTERM and SIGINT wake the loop, which then drains; nothing is ever raised in it."""
-    arrived = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+def _signals(server: Server, drain_seconds: float) -> Iterator[None]:
+    """SIGTERM and SIGINT wake the loop, which then drains; nothing is ever raised in it.
 
-    def arrive(number: int, frame: FrameType | None) -> None:
-        os.eventfd_write(arrived, 1)
+    The loop is woken from within the C handler.  One in Python would run too late for a signal
+    that comes just before the loop waits (signal.set_wakeup_fd).
+    """
+    arrived, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    deadlines = chain([drain_seconds], repeat(0.0))
 
     def drain() -> None:
-        os.eventfd_read(arrived)
-        server.drain(0.0 if server.draining else drain_seconds)
+        for _ in os.read(arrived, 64):  # a byte for each signal
+            server.drain(next(deadlines))
 
     server.watch(arrived, drain)
-    before = {number: signal.signal(number, arrive) for number in (signal.SIGTERM, signal.SIGINT)}
+    before_tell = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _noted) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before_tell)
         os.close(arrived)
+        os.close(tell)
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    pass
