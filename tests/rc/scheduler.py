@@ -26,6 +26,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from . import opcodes
+
 
 class Deadlock(AssertionError):
     """Every thread waits for another one."""
@@ -37,6 +39,7 @@ class Scheduler:
     def __init__(self, seed: int, source: str, whole: tuple[str, ...] = ()) -> None:
         self.random = random.Random(seed)
         self.errors: list[BaseException] = []
+        self.steps = 0
         self._haste = self.random.choice(
             (0.0, 0.0, 0.0, 0.03, 0.3)
         )  # share of opcodes that hand over
@@ -63,6 +66,8 @@ class Scheduler:
             self._stalls[self.random.randrange(len(bodies))] = self.random.randrange(200)
         unpatched = queue.SimpleQueue
         queue.SimpleQueue = self._queue()  # type: ignore[assignment, misc]
+        traced = sys.gettrace()
+        sys.settrace(lambda *_: None)  # all along: 3.12.1 crashes if what is traced changes
         gc.disable()  # a finalizer is code under test too, and would come in the middle of this
         try:
             for thread in threads:
@@ -72,6 +77,7 @@ class Scheduler:
                 thread.join()
         finally:
             gc.enable()
+            sys.settrace(traced)
             queue.SimpleQueue = unpatched  # type: ignore[misc]
 
     def _live(self, me: int, body: Callable[[], object]) -> None:
@@ -91,13 +97,12 @@ class Scheduler:
         code = frame.f_code
         if code.co_filename != self._source or code.co_name in self._whole:
             return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        return self._opcode
+        return opcodes.watch(frame, self._opcode)
 
     def _opcode(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "opcode":
             me = self._me
+            self.steps += 1
             self._stalls[me] -= 1
             if self._stalls[me] == 0:
                 self._stalled.add(me)

@@ -8,6 +8,7 @@ second, until the operation comes through.  And by real signals, wherever they h
 from __future__ import annotations
 
 import dis
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import pytest
 import fdbroker.rc as rc
 from fdbroker.errors import ClosedFDError, CloseTimeout
 
-from . import kit
+from . import kit, opcodes
 
 SOURCE = rc.__file__
 LOOKS = ("RESUME", "CALL", "CALL_FUNCTION_EX", "CALL_KW", "JUMP_BACKWARD")
@@ -43,10 +44,8 @@ class Tracer:
         caller = frame.f_back
         if caller in self._last:  # a call of Python code: nothing is looked for as it returns
             self._last[caller] = ""
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
         self._last[frame] = "RESUME"
-        return self._local
+        return opcodes.watch(frame, self._local)
 
     def _local(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "exception":  # a call that raises goes to its handler at once
@@ -73,6 +72,7 @@ class Tracer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        gc.disable()  # or the finalizer of an earlier case is interrupted instead
         sys.settrace(self.trace)
         try:
             yield
@@ -80,6 +80,7 @@ class Tracer:
             assert self.raised
         finally:
             sys.settrace(None)
+            gc.enable()
             self._last.clear()
 
 

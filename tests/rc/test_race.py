@@ -87,6 +87,8 @@ class Round:
             self.fd = self.rc.FD(pipe.write)
             self.scheduler.run(*bodies)
             self.rc.close_func = os.close
+            if self.scheduler.steps < 50:
+                wrong.append(f"only {self.scheduler.steps} opcodes were seen")
             wrong += [repr(error) for error in self.scheduler.errors]
             if len(self.closes) != 1:
                 wrong.append(f"closed {len(self.closes)} times")
