@@ -396,6 +396,9 @@ class FD:
         self._tokens.insert(1, right)
         raise UnbalancedDecrefError
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an FD cannot be copied or pickled: two would own one number; share() it")
+
     def __repr__(self) -> str:
         state, refs = self._sysfd, self.refs
         named = {_UNINITIALIZED: "uninitialized", _CLOSED: "closed", _DETACHED: "detached"}

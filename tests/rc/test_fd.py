@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -527,6 +529,14 @@ def test_repr(rc: Any, pipe: kit.Pipe, make: Any, says: str) -> None:
         assert repr(fd) == "<FD closed, 0 references>"
     else:
         os.close(pipe.write)
+
+
+@pytest.mark.parametrize("twice", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_there_are_never_two_of_one(rc: Any, pipe: kit.Pipe, twice: Any) -> None:
+    fd = rc.FD(pipe.write)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        twice(fd)
+    fd.close()
 
 
 def test_many_cost_little() -> None:
