@@ -17,6 +17,8 @@ from fdbroker.ipc.workers import Job
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
+    import socket
+
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
     from fdbroker.lender.parts import Entry
@@ -109,7 +111,22 @@ class Discard(Job):
             os.close(fd)
 
     def finish(self, server: Server) -> None:
-        pass
+        server.resume_accepting()
+
+
+class HangUp(Job):
+    """Close the socket of a session that was shut down, with what is unread in it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def run(self) -> None:
+        with self.sock:
+            for fds in unix.never_read(self.sock):
+                Discard(fds).run()
+
+    def finish(self, server: Server) -> None:
+        server.resume_accepting()
 
 
 class Close(Job):

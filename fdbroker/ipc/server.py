@@ -31,7 +31,7 @@ from fdbroker.errors import (
 from fdbroker.ipc import unix
 from fdbroker.ipc.connection import Connection, Unsent
 from fdbroker.ipc.custody import Custody
-from fdbroker.ipc.jobs import Close, Discard, Reopen
+from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
 from fdbroker.ipc.messages import (
     CANCEL,
     DESCRIPTORS,
@@ -139,7 +139,7 @@ class Server:
                 "event=end loans=%d note=these-stay-with-their-borrowers", self.lender.loans
             )
         for connection in list(self._connections.values()):
-            unix.end(connection.sock)
+            self._hang_up(connection)
         self._epoll.close()
         self.workers.close()
         self.listener.close()
@@ -217,6 +217,8 @@ class Server:
             self.end(connection)
             return
         if size == 0:
+            if inbox is not None:
+                self.workers.submit(Discard(inbox.give_away()))
             self.end(connection)
             return
         connection.inbox = inbox
@@ -305,9 +307,8 @@ class Server:
         While a worker has its request that waits, since it uses what the loan keeps open.
         """
         if self._connections.pop(connection.number, None) is not None:
-            unix.end(connection.sock)  # closing takes it out of the epoll, nobody else has a dup
+            self._hang_up(connection)
             connection.ended = True
-            self.resume_accepting()
             if connection.unsent is not None and connection.unsent.fresh:
                 self.workers.submit(Discard(connection.unsent.fresh))
             connection.unsent = None
@@ -318,6 +319,11 @@ class Server:
             self.custody.drop_session(session.slot)
             del self._by_slot[session.slot]
             self.lender.forget(session)
+
+    def _hang_up(self, connection: Connection) -> None:
+        unix.shut_down(connection.sock)
+        self._epoll.unregister(connection.number)
+        self.workers.submit(HangUp(connection.sock))
 
     # --- answers ---
 

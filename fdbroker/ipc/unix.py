@@ -24,6 +24,7 @@ from fdbroker.errors import AlreadyServing, BadAddress, NoBroker
 from fdbroker.ipc.messages import DESCRIPTORS
 
 ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
+CREDENTIALS_BYTES = socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer has not read
 NOTHING_UNREAD = struct.pack("i", 0)
 PATH_BYTES = 107  # sun_path, less its final NUL
@@ -142,11 +143,32 @@ def all_read(sock: socket.socket) -> bool:
     return ioctl(sock.fileno(), SIOCOUTQ, NOTHING_UNREAD) == NOTHING_UNREAD
 
 
-def end(sock: socket.socket) -> None:
+def shut_down(sock: socket.socket) -> None:
     """End the session for good, whoever else holds a copy of the socket."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def end(sock: socket.socket) -> None:
+    """The same, and close it."""
+    shut_down(sock)
     sock.close()
+
+
+def never_read(sock: socket.socket) -> Iterator[list[int]]:
+    """What is left in a socket that was shut down: message by message its descriptors, which are
+    the caller's.  Else close(2) would close them, and wait where closing one takes long."""
+    # a message has credentials now, however empty it is, and the end has none
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    room = ANCILLARY_BYTES + CREDENTIALS_BYTES
+    while True:
+        inbox = Inbox()
+        with contextlib.suppress(ConnectionResetError):  # said once, what is left comes after it
+            inbox.raw.append(sock.recvmsg_into((bytearray(1),), room, RECEIVE_NOW))
+            inbox.sort()
+            if not inbox.raw[0][1]:
+                return
+            yield inbox.give_away()
 
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:

@@ -14,12 +14,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from queue import SimpleQueue
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fdbroker.ipc.server import Server
 
 THREADS = 4
+END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
 
 log = logging.getLogger("fdbroker")
 
@@ -70,9 +72,10 @@ class Workers:
         """Let the threads end; one that is stuck ends with the process."""
         for _ in self._threads:
             self._jobs.put(None)
-        if not self.pending:
-            for thread in self._threads:
-                thread.join()
+        deadline = monotonic() + END_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
             os.close(self.wake)
 
     def _work(self) -> None:
