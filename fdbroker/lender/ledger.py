@@ -201,10 +201,10 @@ class Ledger:
         for cell, entry, following in zip(cells, entries, [*cells[1:], NONE], strict=True):
             self.words[self._cells_at + cell] = entry << 32 | following
 
-    def read_cells(self, first: int) -> tuple[list[int], list[int]]:
-        """The chain that begins at `first`, as (cells, entries)."""
+    def read_cells(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """The chain of `count` cells that begins at `first`, as (cells, entries)."""
         cells, entries = [], []
-        while first != NONE:
+        for _ in range(count):
             word = self.words[self._cells_at + first]
             cells.append(first)
             entries.append(word >> 32)

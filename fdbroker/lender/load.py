@@ -103,7 +103,7 @@ def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -
     if state == CLOSING:
         session.awaited = entries[record.entry]
     if state in (WAITING, LENT):
-        cells, others = ledger.read_cells(record.cell)
+        cells, others = ledger.read_cells(record.cell, record.members - 1)
         session.loan = Loan(
             record.borrow_seq,
             [entries[number] for number in (record.entry, *others)],

@@ -7,7 +7,6 @@ import os
 import struct
 
 import pytest
-from lender_kit import CutLedger, Descriptors, Rig, buffer_for, reload, view
 
 from fdbroker.errors import BrokerFull
 from fdbroker.lender.ledger import (
@@ -22,6 +21,8 @@ from fdbroker.lender.ledger import (
 )
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.parts import IDLE, LENT, Peer
+
+from .kit import CutLedger, Descriptors, Rig, buffer_for, reload, view
 
 
 def words(buffer) -> list[int]:
@@ -181,8 +182,8 @@ def test_records_come_back_as_they_were_written():
     assert ledger.read_session(1) == (2**53, LENT, 12, record)
     assert ledger.session_states() == [0, LENT]
     ledger.write_cells([5, 2, 7], [1, 0, 1])
-    assert ledger.read_cells(5) == ([5, 2, 7], [1, 0, 1])
-    assert ledger.read_cells(NONE) == ([], [])
+    assert ledger.read_cells(5, 3) == ([5, 2, 7], [1, 0, 1])
+    assert ledger.read_cells(NONE, 0) == ([], [])
 
 
 def test_no_number_is_given_twice():
