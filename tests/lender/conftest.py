@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from lender_kit import Rig
+
+from .kit import Rig
 
 
 @pytest.fixture

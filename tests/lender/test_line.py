@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from lender_kit import SECOND, Rig
 
 from fdbroker.errors import (
     BadName,
@@ -15,6 +14,8 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 from fdbroker.lender.parts import IDLE, LENT, WAITING
+
+from .kit import SECOND, Rig
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from lender_kit import SECOND, Rig
 
 from fdbroker.errors import (
     BrokerFull,
@@ -14,6 +13,8 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 from fdbroker.lender.parts import IDLE
+
+from .kit import SECOND, Rig
 
 TICKET = b"0123456789abcdef"
 

@@ -268,6 +268,7 @@ class Rig:
         while self.lender.closings:
             entry = self.lender.closings.popleft()
             entry.fd.decref()
+            assert entry.fd.closed
             error = None
             try:
                 entry.fd.wait_closed()
