@@ -43,6 +43,7 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
 )
+from fdbroker.ipc.session import descriptors_in_use
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.ipc.workers import Job, Workers
 from fdbroker.lender.parts import CLOSING, LENT, WAITING, Peer
@@ -232,6 +233,9 @@ class Server:
                 self._greet(connection, verb, seq, fields[0] if fields else 0)
         except ProtocolError as error:
             self._fault(connection, error)
+        except Exception:  # a mistake of ours costs one session, not every loan of everybody
+            log.exception("event=error %s", connection)
+            self.end(connection)
         finally:
             if inbox is not None:
                 connection.inbox = None
@@ -413,5 +417,5 @@ class Server:
             "waiting": self.lender.waiting,
             "jobs": self.workers.pending,
             "connections": len(self._connections),
-            "descriptors": len(os.listdir("/proc/self/fd")) - 1,
+            "descriptors": descriptors_in_use(),
         }

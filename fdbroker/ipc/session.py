@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+from resource import RLIMIT_NOFILE, getrlimit  # none is left to import it when it is needed
 from socket import socket
 from threading import get_ident
 from time import monotonic
@@ -374,10 +375,12 @@ class Session:
 
 def too_many_files(side: str) -> TooManyFiles:
     """The error that names the limit of this process, and its use."""
-    from resource import RLIMIT_NOFILE, getrlimit
+    return TooManyFiles(side, getrlimit(RLIMIT_NOFILE)[0], descriptors_in_use())
 
+
+def descriptors_in_use() -> int:
+    """How many descriptors this process has."""
     try:
-        used = len(os.listdir("/proc/self/fd"))
+        return len(os.listdir("/proc/self/fd")) - 1  # the listing's own
     except OSError:  # no number left to open the folder with
-        used = getrlimit(RLIMIT_NOFILE)[0]
-    return TooManyFiles(side, getrlimit(RLIMIT_NOFILE)[0], used)
+        return getrlimit(RLIMIT_NOFILE)[0]

@@ -17,7 +17,7 @@ import pytest
 from support import children, open_files, wait_until
 
 import fdbroker
-from fdbroker.errors import BrokerClosing, BrokerStartError, NoBroker
+from fdbroker.errors import BrokerClosing, BrokerGone, BrokerStartError, NoBroker
 
 from .puppet import Process, Puppet
 
@@ -317,6 +317,41 @@ def test_a_signal_just_before_the_loop_waits_is_not_lost(temp, tmp_path_factory)
         owner.broker.signal(signal.SIGTERM)
         assert owner.broker.gone(SOON + 2)
         owner.do("broker.close()")
+
+
+# --- mistakes ---
+
+
+def test_a_mistake_of_the_brokers_own_costs_one_session(temp):
+    address = str(temp / "broker.sock")
+    with Puppet(stderr=subprocess.PIPE) as server, Puppet() as borrower:
+        server.begin(f"""
+            from fdbroker.daemon.serve import serve
+            from fdbroker.ipc import messages, verbs
+            def stats(*_):
+                raise ValueError("planted")
+            verbs.HANDLERS[messages.STATS] = stats
+            serve({address!r})
+        """)
+        wait_until(lambda: os.path.exists(address))
+        borrower.do(f"client = fdbroker.Client({address!r})")
+        with open(os.devnull) as null:
+            borrower.do("client.put('null', 0); loan = client.borrow('null')")
+            with fdbroker.Client(address) as client:
+                for _ in range(3):
+                    with pytest.raises(BrokerGone):
+                        client.stats()
+                client.put("again", null)
+                assert [(entry.name, entry.loans) for entry in client.entries()] == [
+                    ("null", 1),
+                    ("again", 0),
+                ]
+        borrower.do("loan.close()")
+        server.signal(signal.SIGTERM)
+        server.result()
+        server.end()
+        assert server._process.communicate()[1].count(b"ValueError: planted") == 3
+    os.unlink(address + ".lock")
 
 
 # --- forks and forgetting ---
