@@ -181,9 +181,8 @@ def start_fork(function: Callable[[], Any]) -> Callable[[], Any]:
 
     def wait() -> Any:
         with open(reader, "rb") as file:
-            answer = file.read()
+            good, value = pickle.load(file)  # not to its end: a grandchild may have a copy
         os.waitpid(pid, 0)
-        good, value = pickle.loads(answer)
         if not good:
             raise value
         return value
@@ -192,8 +191,12 @@ def start_fork(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _outcome(function: Callable[..., Any], *arguments: Any) -> bytes:
+    ignored: list[str] = []  # what a finalizer raised: it fails too
+    sys.unraisablehook = lambda found: ignored.append(f"{found.object!r}: {found.exc_value!r}")
     try:
         answer = True, function(*arguments)
+        gc.collect()
+        assert not ignored, ignored
     except BaseException as error:
         error.add_note(f"(in process {os.getpid()})")
         answer = False, error

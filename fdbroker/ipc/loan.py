@@ -211,12 +211,23 @@ class _Mapping(mmap.mmap):
 
     def close(self) -> None:
         """Unmap; BufferError while an array or a memoryview still looks at it."""
-        super().close()
+        with forks.GATE:  # a mapping has a descriptor of its own, which ends here
+            super().close()
+            self._discount()
+        forks.catch_up()
+
+    def _discount(self) -> None:
         for life in self.counted_by:
             life.decref()
+
+    def _end(self) -> None:
+        try:
+            self.close()
+        except BufferError:  # it ends together with what looks at it: they were in a cycle
+            self._discount()
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        forks.in_finalizer(self._end)

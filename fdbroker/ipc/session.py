@@ -21,11 +21,18 @@ from resource import RLIMIT_NOFILE, getrlimit  # none is left to import it when 
 from socket import socket
 from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from fdbroker.errors import BrokerGone, FDBrokerError, ProtocolError, TooManyFiles, VersionMismatch
-from fdbroker.ipc import forks, unix
+from fdbroker.errors import (
+    BrokerGone,
+    ClosedFDError,
+    FDBrokerError,
+    ProtocolError,
+    TooManyFiles,
+    VersionMismatch,
+)
+from fdbroker.ipc import forks, unix, wrappers
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
@@ -38,7 +45,8 @@ from fdbroker.ipc.messages import (
     decode_reply,
     encode,
 )
-from fdbroker.rc import FD, identity
+from fdbroker.ipc.wrappers import Wrapper
+from fdbroker.rc import FD
 
 if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
@@ -51,12 +59,6 @@ class StaleSession(BrokerGone):
     """The broker had ended this session before the request was sent: another one will do."""
 
     code = 0
-
-
-class Wrapper(Protocol):
-    """What a loan made of its descriptor; it owns a dup."""
-
-    def close(self) -> object: ...
 
 
 class Session:
@@ -98,9 +100,16 @@ class Session:
         self.life: FD | None = None  # counts the loan's mappings, once there is one
         self._seq = -1
         self._into: unix.Buffers = ((bytearray(REPLY_BYTES),),)
-        self.sock = unix.connect(address)
-        self.over = False
-        forks.sessions.add(self)
+        with forks.GATE:  # a child that is forked from here on knows of it
+            self.sock = unix.client_socket()
+            self.over = False
+            forks.sessions.add(self)
+        forks.catch_up()
+        try:
+            unix.connect(address, self.sock)
+        except BaseException:
+            self.end()
+            raise
 
     @classmethod
     def open(cls, address: str, pool: Pool | None = None) -> Session:
@@ -259,46 +268,15 @@ class Session:
             raise error
 
     def _close_wrappers(self) -> OSError | None:
-        error = None
-        for wrapper in [wrapper() for wrapper in self.wrappers]:
-            try:
-                flush = getattr(wrapper, "flush", None)
-                if flush is not None:
-                    flush()  # may take its time, so not under the gate
-            except OSError as failure:
-                error = error or failure
-            except ValueError:
-                pass  # the user has closed it, or detached its buffer
+        error = wrappers.flush(self._wrappers())
         with forks.GATE:
-            for reference in self.wrappers:
-                try:
-                    self._close_wrapper(reference())
-                except OSError as failure:
-                    error = error or failure
-                except ValueError:
-                    pass  # a file object without its buffer
+            failure = wrappers.close(self._wrappers(), self.fds)
             self.wrappers.clear()
         forks.catch_up()
-        return error
+        return error or failure
 
-    def _close_wrapper(self, wrapper: Wrapper | None) -> None:
-        """Close it; but leave a number alone that its user closed behind a socket's back, and
-        that is nobody's or a stranger's by now."""
-        if isinstance(wrapper, socket) and self._is_strange(wrapper.fileno()):
-            wrapper.detach()
-        elif wrapper is not None:
-            wrapper.close()
-
-    def _is_strange(self, number: int) -> bool:
-        """Whether a number surely leads to nothing that this loan brought."""
-        try:
-            found = identity(number)
-        except OSError:  # to nothing at all
-            return True
-        try:
-            return found not in map(identity, self.fds)
-        except OSError:  # one of its own was closed: unknown
-            return False
+    def _wrappers(self) -> list[Wrapper]:
+        return [wrapper for made in self.wrappers if (wrapper := made()) is not None]
 
     def _let_go(self, _: int) -> None:
         """Everything is closed: RETURN, and go back to the pool."""
@@ -355,22 +333,23 @@ class Session:
         if self.kept or (self.thread == thread and not self.exclusive):
             return
         self.forked = True
+        made = self._wrappers()
+        wrappers.close((one for one in made if isinstance(one, socket)), self.fds)
+        self.close_descriptors()  # so there is a number free for what comes now
+        wrappers.drop_in_child(one for one in made if not isinstance(one, socket))
         mapped = False
-        for reference in (*self.wrappers, *self.mappings):
-            wrapper = reference()
+        for reference in self.mappings:
+            mapping = reference()
             try:
-                if wrapper is not None:
-                    wrapper.close()
+                if mapping is not None:
+                    mapping.close()
             except BufferError:
                 mapped = True  # somebody still looks at it: this copy goes with the mapping
-            except OSError:
-                pass  # a flush that failed; the parent's own will tell
-        self.close_descriptors()
-        life = self.life
+        if self.life is not None:
+            with contextlib.suppress(ClosedFDError):  # the loan was closed before the fork
+                self.life.retire()
         if not mapped:
             self.end()
-        elif life is not None:
-            life.retire()
 
 
 def too_many_files(side: str) -> TooManyFiles:

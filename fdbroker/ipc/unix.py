@@ -179,11 +179,19 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
     return uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, pid
 
 
-def connect(address: str) -> socket.socket:
-    """A new connection to the broker at the path `address`; `NoBroker`, `BadAddress`."""
-    _check_path(address)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+def client_socket() -> socket.socket:
+    """A socket that can be connected to a broker."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def connect(address: str, sock: socket.socket | None = None) -> socket.socket:
+    """Connect to the broker at the path `address`; `NoBroker`, `BadAddress`.
+
+    If this raises, the socket is closed, a `sock` of the caller's too.
+    """
+    sock = client_socket() if sock is None else sock
     try:
+        _check_path(address)
         sock.connect(address)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         sock.close()

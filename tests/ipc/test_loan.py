@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import socket
@@ -332,6 +333,21 @@ def test_the_last_of_several_mappings_ends_the_loan(
     assert loans(broker) == 1
     view.release()
     other.close()
+    assert loans(broker) == 0
+
+
+def test_a_mapping_in_a_cycle_with_its_view_ends_the_loan(
+    broker: fdbroker.Broker, data_file: IO[bytes]
+) -> None:
+    broker.put("data", data_file)
+    with broker.borrow("data") as loan:
+        mapping = loan.mmap()
+    cycle: list[object] = [mapping, memoryview(mapping)]
+    cycle.append(cycle)
+    mapping.cycle = cycle  # type: ignore[attr-defined]
+    del mapping, cycle
+    assert loans(broker) == 1
+    gc.collect()
     assert loans(broker) == 0
 
 

@@ -1,0 +1,79 @@
+"""What a loan made of its descriptor, and how that ends: sockets and file objects, each with a dup.
+
+They belong to the loan, but their users have them in hand: a wrapper may be closed already, its
+buffer may be detached, or its number closed behind its back and given to a stranger by the kernel,
+who must not lose it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from socket import socket
+from typing import Protocol
+
+from fdbroker.rc import identity
+
+
+class Wrapper(Protocol):
+    """A socket, a file object, or a mapping."""
+
+    def close(self) -> object: ...
+
+
+def flush(wrappers: Iterable[Wrapper]) -> OSError | None:
+    """Write what they have buffered, which may take its time; the first error."""
+    error = None
+    for wrapper in wrappers:
+        try:
+            if not isinstance(wrapper, socket):
+                wrapper.flush()  # type: ignore[attr-defined]
+        except OSError as failure:
+            error = error or failure
+        except ValueError:
+            pass  # closed, or without its buffer
+    return error
+
+
+def close(wrappers: Iterable[Wrapper], lent: Sequence[int]) -> OSError | None:
+    """Close them, which were made of the descriptors `lent`; the first error."""
+    error = None
+    for wrapper in wrappers:
+        try:
+            if isinstance(wrapper, socket) and _is_strange(wrapper.fileno(), lent):
+                wrapper.detach()
+            wrapper.close()
+        except OSError as failure:
+            error = error or failure
+        except ValueError:
+            pass  # a file object without its buffer: the rest is its user's
+    return error
+
+
+def drop_in_child(files: Iterable[Wrapper]) -> None:
+    """Close file objects in a forked child without writing what they have buffered.
+
+    The parent has the same in its buffers, and will write it.
+    """
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.dup2(null, file.fileno(), inheritable=False)  # type: ignore[attr-defined]
+            finally:
+                os.close(null)
+        with contextlib.suppress(OSError, ValueError):
+            file.close()
+
+
+def _is_strange(number: int, lent: Sequence[int]) -> bool:
+    """Whether a number surely leads to nothing that was lent."""
+    try:
+        found = identity(number)
+    except OSError:  # to nothing at all
+        return True
+    try:
+        return found not in map(identity, lent)
+    except OSError:  # one of them was closed: unknown
+        return False
