@@ -310,9 +310,10 @@ class Server:
 
         While a worker has its request that waits, since it uses what the loan keeps open.
         """
-        if self._connections.pop(connection.number, None) is not None:
-            self._hang_up(connection)
+        if not connection.ended:  # the second time its number may be another's
             connection.ended = True
+            del self._connections[connection.number]
+            self._hang_up(connection)
             if connection.unsent is not None and connection.unsent.fresh:
                 self.workers.submit(Discard(connection.unsent.fresh))
             connection.unsent = None

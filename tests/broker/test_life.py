@@ -354,6 +354,42 @@ def test_a_mistake_of_the_brokers_own_costs_one_session(temp):
     os.unlink(address + ".lock")
 
 
+def test_a_request_that_outlives_its_client_hurts_nobody_who_came_after(temp):
+    """Its answer comes when the client's descriptor number is another client's already."""
+    address, go = str(temp / "broker.sock"), str(temp / "go")
+    with Puppet() as server, Puppet() as dying, Puppet() as next_one:
+        server.begin(f"""
+            from fdbroker import descriptors
+            from fdbroker.daemon.serve import serve
+            inspect = descriptors.inspect
+            def slow(fd):
+                while not os.path.exists({go!r}):
+                    time.sleep(0.01)
+                return inspect(fd)
+            descriptors.inspect = slow
+            serve({address!r})
+        """)
+        wait_until(lambda: os.path.exists(address))
+        with fdbroker.Client(address) as witness:
+            dying.do(f"client = fdbroker.Client({address!r})")
+            dying.begin("client.put('x', 0)")
+            wait_until(lambda: witness.stats()["jobs"] == 1)
+            files = open_files(server.pid)
+            dying.kill()
+            wait_until(lambda: len(open_files(server.pid)) < len(files))
+            next_one.do(f"client = fdbroker.Client({address!r}); client.stats()")
+            assert open_files(server.pid).keys() == files.keys()
+            Path(go).touch()
+            wait_until(lambda: witness.stats()["jobs"] == 0)
+            next_one.begin("client.stats()['connections']")
+            assert next_one.result(SOON) == 2
+            assert witness.entries() == []
+        server.signal(signal.SIGTERM)
+        server.result()
+    os.unlink(address + ".lock")
+    os.unlink(go)
+
+
 # --- forks and forgetting ---
 
 
