@@ -12,6 +12,7 @@ from fdbroker.errors import (
     UnknownTicket,
     WouldDeadlock,
 )
+from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.parts import IDLE
 
 from .kit import SECOND, Rig
@@ -178,13 +179,14 @@ def test_a_watcher_that_ends_is_not_told(rig: Rig):
     assert rig.decided() == []
 
 
-def test_a_retire_that_was_cut_short_is_finished_by_the_load(rig: Rig):
+def test_a_retire_that_was_cut_short_is_finished_by_the_load(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
     """The watcher's record says that it waits for the close, the entry's that it lives."""
     watcher, waiting, holder = rig.clients(3)
     rig.put("web")
     rig.borrow(holder, "web", exclusive=True)
     rig.borrow(waiting, "web")
-    commit_entry = rig.ledger.commit_entry
 
     class Killed(BaseException):
         pass
@@ -192,12 +194,10 @@ def test_a_retire_that_was_cut_short_is_finished_by_the_load(rig: Rig):
     def kill(*_):
         raise Killed
 
-    type(rig.ledger).commit_entry = kill
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit_entry", kill)
         with pytest.raises(Killed):
             rig.retire_and_wait(watcher, "web")
-    finally:
-        type(rig.ledger).commit_entry = commit_entry.__func__
     loaded = rig.reload()
     assert loaded.names == {}
     assert [type(error).__name__ for _, _, error in loaded.decisions] == ["EntryRetired"]
