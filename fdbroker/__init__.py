@@ -13,9 +13,7 @@ modules at first use, since the command must start fast.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as a type checker knows it; importing `typing` would show in `exec`
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -31,6 +29,8 @@ _MODULES = ("errors", "rc")
 __all__ = ["Broker", "Client", "Loan", "SharedFD", "attach", "borrow", "errors", "put", "rc"]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from fdbroker import errors as errors
     from fdbroker import rc as rc
     from fdbroker.default import attach as attach
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     elif name in _MODULES:

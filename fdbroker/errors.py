@@ -11,10 +11,9 @@ is what stands for it on the wire; a code is never used again for something else
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import ClassVar, dataclass_transform
+    from typing import Any, ClassVar, dataclass_transform
 else:  # what it is at run time; `typing` itself costs more to import than all of this package
 
     def dataclass_transform(**_: object) -> Any:

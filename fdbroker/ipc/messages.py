@@ -166,13 +166,11 @@ def decode_request(data: Data) -> tuple[int, int, list[Any]]:
     verb = VERBS.get(code)
     if verb is None:
         raise ProtocolError("client", f"verb {code} is unknown")
-    fields = message[2:] if code != HELLO else message[2:3]
+    fields = message[2:] if code else message[2:3]  # HELLO is 0
     if len(fields) != len(verb.fields):
         raise ProtocolError("client", f"{verb.name} takes {len(verb.fields)} fields")
-    place = 0  # not zip(strict=True), which takes as long as all the checks
-    for name, types, limit, least in verb.fields:
-        value = fields[place]
-        place += 1
+    # not strict, the lengths are equal: strict alone takes as long as all the checks
+    for (name, types, limit, least), value in zip(verb.fields, fields, strict=False):
         kind = type(value)
         if kind not in types:
             raise ProtocolError("client", f"{name} is of the wrong type")

@@ -19,6 +19,7 @@ from fdbroker.ipc.messages import (
     CANCEL,
     ENTRIES,
     EXCLUSIVE,
+    HELLO,
     LOANS,
     MORE,
     NAMELESS,
@@ -53,6 +54,11 @@ def _ns(timeout: float | None) -> int | None:
     return None if timeout is None else int(timeout * SECOND)
 
 
+def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """It is answered before there is a session, so here it is one too many."""
+    raise ProtocolError("client", "hello comes once")
+
+
 def borrow(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """Grant it now, or let the session wait for its turn."""
     names, flags, timeout, purpose = fields
@@ -63,11 +69,11 @@ def borrow(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     if server.lender.borrow(
         at.session,
         seq,
-        names if type(names) is list else [names],
+        names if type(names) is list else (names,),
         server.now(),
-        exclusive=bool(flags & EXCLUSIVE),
-        readonly=bool(flags & READONLY),
-        timeout=_ns(timeout),
+        exclusive=flags & EXCLUSIVE != 0,
+        readonly=flags & READONLY != 0,
+        timeout=None if timeout is None else int(timeout * SECOND),
         purpose=purpose,
     ):
         server.hand_over(at, seq, 0)
@@ -189,6 +195,7 @@ def stats(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 
 
 HANDLERS: dict[int, Handler] = {
+    HELLO: hello,
     BORROW: borrow,
     MORE: more,
     RETURN: give_back,

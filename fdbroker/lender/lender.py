@@ -65,7 +65,7 @@ from fdbroker.lender.parts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from fdbroker.rc import FD
 
@@ -130,7 +130,7 @@ class Lender:
         self,
         session: Session,
         seq: int,
-        names: list[str | bytes],
+        names: Sequence[str | bytes],
         now: int,
         *,
         exclusive: bool = False,
