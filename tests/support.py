@@ -12,12 +12,17 @@ import os
 import pickle
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import msgpack
+
+import fdbroker
 
 PATIENCE = 20.0  # seconds; what takes longer has failed
 kept: dict[str, Any] = {}  # what the functions of another process leave for the next ones
@@ -159,6 +164,124 @@ class Peer:
         assert error is not None or killed or status == 0, f"it ended with status {status}"
 
 
+# --- the wire, spoken by hand ----------------------------------------------------------------
+
+HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
+SHARED = [0, None, ""]  # the fields of a plain borrow after the name
+
+
+class Raw:
+    """A session at a broker that sends what it is told to, right or wrong."""
+
+    def __init__(self, address: str, *, hello: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(address)
+        if hello:
+            self.send(HELLO, 0, 1)
+            assert self.receive() == ([0, 0, 1], [])
+
+    def send(self, *message: Any, fds: Sequence[int] = ()) -> None:
+        self.send_bytes(msgpack.packb(message), fds)
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        socket.send_fds(self.sock, [data], fds)
+
+    def receive(self) -> tuple[list[Any] | None, list[int]]:
+        """The next message, None at the end of the session, and what it brought."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sock, 70_000, 253)
+        except ConnectionResetError:
+            return None, []
+        return (msgpack.unpackb(data) if data else None), list(fds)
+
+    def borrow(self, seq: int, name: str) -> int:
+        """A plain loan of one entry: its descriptor."""
+        self.send(BORROW, seq, name, *SHARED)
+        message, (number,) = self.receive()
+        assert message is not None
+        assert message[:4] == [0, seq, 1, 1]
+        return number
+
+    def is_silent(self, witness: Any) -> bool:
+        """Whether nothing came, once the broker has answered `witness`, a client of it."""
+        witness.stats()
+        return not select.select([self.sock], [], [], 0)[0]
+
+    def is_refused(self, code: int) -> list[Any]:
+        """The data of the refusal that is next, after which the session is over."""
+        message, fds = self.receive()
+        assert message is not None
+        assert (message[0], fds) == (code, [])
+        assert self.receive() == (None, [])
+        return message[2:]
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+@contextlib.contextmanager
+def fake_broker(address: str, *scripts: Callable[[Raw], object]) -> Iterator[None]:
+    """A process that serves at `address`, and plays one script with each session that comes."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+
+        def play() -> None:
+            for script in scripts:
+                listener.settimeout(PATIENCE)
+                session = Raw.__new__(Raw)
+                session.sock, _ = listener.accept()
+                session.sock.settimeout(PATIENCE)
+                with session:
+                    script(session)
+
+        wait = start_fork(play)
+    try:
+        yield
+    finally:
+        wait()
+        os.unlink(address)
+
+
+def greet(session: Raw) -> None:
+    """What every broker does first."""
+    assert session.receive() == ([HELLO, 0, 1], [])
+    session.send(0, 0, 1)
+
+
+# --- what another process is asked to do most often -----------------------------------------
+
+
+def hold(address: str, name: str, exclusive: bool = False, timeout: float | None = None) -> int:
+    """Borrow and keep it: the number."""
+    client = kept.setdefault(address, fdbroker.Client(address))
+    loan = client.borrow(name, exclusive=exclusive, timeout=timeout)
+    kept.setdefault("held", []).append(loan)
+    return int(loan.fileno())
+
+
+def give_back() -> None:
+    """Return what was kept first."""
+    kept["held"].pop(0).close()
+
+
+def let_go() -> None:
+    """Return everything, keep nothing."""
+    for loan in kept.pop("held", []):
+        loan.close()
+    for other in kept.values():
+        if isinstance(other, fdbroker.Client):
+            other.close()
+    kept.clear()
+
+
+# --- forks -----------------------------------------------------------------------------------
+
+
 def in_fork(function: Callable[[], Any]) -> Any:
     """What `function` returns in a forked child; what it raises is raised here."""
     wait = start_fork(function)
@@ -220,7 +343,7 @@ def _serve() -> None:
         answers.flush()
     requests.close()
     answers.close()
-    kept.clear()
+    let_go()
     gc.collect()
 
 
