@@ -169,8 +169,8 @@ def decode_request(data: Data) -> tuple[int, int, list[Any]]:
     fields = message[2:] if code else message[2:3]  # HELLO is 0
     if len(fields) != len(verb.fields):
         raise ProtocolError("client", f"{verb.name} takes {len(verb.fields)} fields")
-    # not strict, the lengths are equal: strict alone takes as long as all the checks
-    for (name, types, limit, least), value in zip(verb.fields, fields, strict=False):
+    # the lengths are equal; to have zip see to that (strict=) takes as long as all the checks
+    for (name, types, limit, least), value in zip(verb.fields, fields):  # noqa: B905
         kind = type(value)
         if kind not in types:
             raise ProtocolError("client", f"{name} is of the wrong type")
