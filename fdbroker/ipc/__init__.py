@@ -1,0 +1,1 @@
+"""How two processes talk: the wire, the client and the server."""

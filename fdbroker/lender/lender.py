@@ -1,62 +1,42 @@
 """The lender: who may have which entry when, and when an entry's last reference is back.
 
 It knows no socket, clock or pid of its own: peers, times (nanoseconds of CLOCK_BOOTTIME), tickets
-and descriptors are arguments.  Each method is one event.  It changes the books, writes the change
-through to the ledger, and returns or raises what the asking session is to be told.  What an event
-decides for *other* sessions is left in `decisions`, and entries whose last reference is back are
-left in `closings`; the caller works off both before it goes on.
-
-Two rules make the waiting line.  A loan can be granted when no holder conflicts with it, and when
-nobody who conflicts with it came earlier and still waits; two loans conflict when they share an
-entry and one of them is exclusive.  So shared loans run together, an exclusive one gets its turn,
-and a loan of several entries, which stands in the line of each, is never overtaken into starvation.
-
-An entry's FD carries one reference per loan, and one that is the closer's: the FD is retired with
-its entry, and the closer gives back that last reference, where a slow close(2) holds up nobody.
+and descriptors are arguments.  Each method is one event.  It changes the books (books.py), writes
+the change through to the ledger, and returns or raises what the asking session is to be told.
+What it decides for *other* sessions is left in `decisions`, and what is to be closed in
+`closings`; the caller works off both before it goes on.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from heapq import heapify, heappop, heappush
-from itertools import islice
+from heapq import heappop
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import (
-    BorrowTimeout,
     CloseFailed,
-    EntryRetired,
-    FDBrokerError,
     NameTaken,
     ProtocolError,
-    RetireTimeout,
     UnknownEntry,
     UnknownTicket,
     WouldDeadlock,
 )
+from fdbroker.lender.books import Books
 from fdbroker.lender.ledger import (
     NEXT_ARRIVAL,
     NEXT_GENERATION,
     NEXT_SESSION,
-    NONE,
     EntryRecord,
-    Ledger,
     SessionRecord,
-    Slots,
 )
 from fdbroker.lender.names import check_name
 from fdbroker.lender.parts import (
     CLOSING,
     EPHEMERAL,
-    EXCLUSIVE,
-    FOREVER,
     FREE,
     IDLE,
     LENT,
     LIVE,
     NAMELESS,
-    READONLY,
-    RETIRING,
     WAITING,
     Entry,
     Loan,
@@ -65,31 +45,13 @@ from fdbroker.lender.parts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from fdbroker.rc import FD
 
-HOLDERS_NAMED = 16  # how many holders a BorrowTimeout names at most
-SECOND = 1_000_000_000
 
-
-class Lender:
-    """The books of one broker, over a ledger."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-        self.sessions: dict[int, Session] = {}  # by slot
-        self.entries: dict[int, Entry] = {}  # by slot; LIVE and RETIRING
-        self.names: dict[str, Entry] = {}  # LIVE ones only
-        self.tickets: dict[bytes, Entry] = {}  # LIVE ones only
-        self.decisions: deque[tuple[Session, int, FDBrokerError | None]] = deque()
-        self.closings: deque[Entry] = deque()
-        self.loans = 0
-        self.waiting = 0
-        self._session_slots = Slots(ledger.sessions, "sessions")
-        self._entry_slots = Slots(ledger.entries, "entries")
-        self._cells = Slots(ledger.cells, "loans of several entries")
-        self.deadlines: list[tuple[int, int, int, int]] = []  # (deadline, id, seq, slot), a heap
+class Lender(Books):
+    """The events of one broker."""
 
     # --- sessions ---
 
@@ -297,20 +259,6 @@ class Lender:
         del self.entries[entry.slot]
         self._entry_slots.give(entry.slot)
 
-    # --- lists, a page at a time: both tables by slot from `first` on ---
-
-    def entries_from(self, first: int) -> Iterator[Entry]:
-        """Entries, retiring ones included."""
-        for slot in range(first, self._entry_slots.fresh):
-            if slot in self.entries:
-                yield self.entries[slot]
-
-    def sessions_from(self, first: int) -> Iterator[Session]:
-        """Sessions, idle ones included."""
-        for slot in range(first, self._session_slots.fresh):
-            if slot in self.sessions:
-                yield self.sessions[slot]
-
     # --- time ---
 
     def next_deadline(self) -> int | None:
@@ -324,231 +272,3 @@ class Lender:
         """Decide for everyone whose deadline has come."""
         while (deadline := self.next_deadline()) is not None and deadline <= now:
             self._time_out(self.sessions[heappop(self.deadlines)[3]], now)
-
-    # --- what the events are made of; `load` puts the same pieces together ---
-
-    def _commit(self, session: Session, state: int) -> None:
-        session.state = state
-        self.ledger.commit_session(session.slot, session.seq, state)
-
-    def _write_loan(self, session: Session, loan: Loan) -> None:
-        purpose = loan.purpose.encode()
-        self.ledger.write_session(
-            session.slot,
-            (
-                loan.seq,
-                loan.arrival,
-                session.asked,
-                loan.since,
-                session.deadline,
-                loan.entries[0].slot,
-                loan.cells[0] if loan.cells else NONE,
-                len(loan.entries),
-                EXCLUSIVE * loan.exclusive | READONLY * loan.readonly,
-                len(purpose),
-                purpose,
-            ),
-        )
-
-    def _ask(self, session: Session, seq: int, now: int, timeout: int | None) -> None:
-        """Note since when, by which request and until when the session waits."""
-        session.asked, session.asked_seq = now, seq
-        if timeout is not None:
-            session.deadline = now + timeout
-            self.note_deadline(session)
-
-    def note_deadline(self, session: Session) -> None:
-        heap = self.deadlines
-        if len(heap) > 2 * len(self.sessions):  # most of them are of waits that are over
-            heap[:] = filter(self._is_pending, heap)
-            heapify(heap)
-        heappush(heap, (session.deadline, session.id, session.asked_seq, session.slot))
-
-    def _is_pending(self, noted: tuple[int, int, int, int]) -> bool:
-        session = self.sessions.get(noted[3])
-        return session is not None and (
-            (session.deadline, session.id, session.asked_seq) == noted[:3]
-        )
-
-    def slots_taken(self, sessions: Slots, entries: Slots, cells: Slots) -> None:
-        self._session_slots, self._entry_slots, self._cells = sessions, entries, cells
-
-    def hold(self, session: Session) -> None:
-        loan = session.loan
-        assert loan is not None
-        self.loans += 1
-        for entry in loan.entries:
-            entry.fd.incref()
-            entry.holders[session.slot] = session
-            entry.held_exclusively = loan.exclusive
-
-    def _end_loan(self, session: Session, now: int) -> None:
-        loan = session.loan
-        assert loan is not None
-        self._commit(session, IDLE)
-        session.loan = None
-        self.loans -= 1
-        for cell in loan.cells:
-            self._cells.give(cell)
-        for entry in loan.entries:
-            entry.fd.decref()
-            if entry.holders.pop(session.slot, None) is not None:
-                entry.held_exclusively = False
-                if entry.state == RETIRING and not entry.holders:
-                    self.closings.append(entry)
-        for entry in loan.entries:
-            if entry.line and (loan.exclusive or entry.turns):
-                self.serve_line(entry, now)
-
-    def stand_in_line(self, session: Session) -> None:
-        loan = session.loan
-        assert loan is not None
-        self.waiting += 1
-        for entry in loan.entries:
-            if session.slot not in entry.line:
-                entry.line[session.slot] = session
-                if loan.exclusive:
-                    entry.turns[session.slot] = session
-
-    def _step_out(self, session: Session, loan: Loan) -> None:
-        self.waiting -= 1
-        session.deadline = FOREVER
-        for entry in loan.entries:
-            entry.line.pop(session.slot, None)
-            entry.turns.pop(session.slot, None)
-
-    def _leave_line(self, session: Session, now: int) -> None:
-        """Stop waiting without a grant; those behind may now go."""
-        loan = session.loan
-        assert loan is not None
-        self._commit(session, IDLE)
-        session.loan = None
-        self._step_out(session, loan)
-        for cell in loan.cells:
-            self._cells.give(cell)
-        for entry in loan.entries:
-            if entry.line and (loan.exclusive or entry.turns):
-                self.serve_line(entry, now)
-
-    def serve_line(self, entry: Entry, now: int) -> None:
-        """Grant what can be granted in the line of `entry`, in order of arrival."""
-        if entry.state != LIVE or entry.held_exclusively:
-            return
-        ready: list[Session] = []
-        passed_over = False  # somebody who conflicts with later exclusive ones
-        for session in entry.line.values():
-            loan = session.loan
-            assert loan is not None
-            if loan.exclusive:
-                if not ready and not passed_over and self._grantable(loan):
-                    ready.append(session)
-                break
-            if self._grantable(loan):
-                ready.append(session)
-            else:
-                passed_over = True
-        for session in ready:
-            loan = session.loan
-            assert loan is not None
-            self._step_out(session, loan)
-            loan.since = now
-            self.ledger.write_since(session.slot, now)
-            self._commit(session, LENT)
-            self.hold(session)
-            self.decisions.append((session, loan.seq, None))
-
-    def _grantable(self, loan: Loan) -> bool:
-        return not any(
-            entry.state != LIVE or self._is_held(entry, loan) or self._is_behind(entry, loan)
-            for entry in loan.entries
-        )
-
-    @staticmethod
-    def _is_held(entry: Entry, loan: Loan) -> bool:
-        """Whether a holder of `entry` conflicts with `loan`."""
-        return bool(entry.holders) if loan.exclusive else entry.held_exclusively
-
-    @staticmethod
-    def _is_behind(entry: Entry, loan: Loan) -> bool:
-        """Whether somebody in the line of `entry` conflicts with `loan` and came earlier."""
-        line = entry.line if loan.exclusive else entry.turns
-        if not line:
-            return False
-        first = next(iter(line.values())).loan
-        assert first is not None
-        return first.arrival < loan.arrival or not loan.arrival
-
-    @staticmethod
-    def _refuse_own_wait(session: Session, entry: Entry) -> None:
-        pid = session.peer.pid
-        if entry.held_exclusively and pid:
-            holder = next(iter(entry.holders.values()))
-            if holder.peer.pid == pid:
-                raise WouldDeadlock(entry.name, pid)
-
-    def _timed_out(self, loan: Loan, seconds: float, now: int) -> BorrowTimeout:
-        """The error that names who has what `loan` waits for."""
-
-        held = [entry for entry in loan.entries if self._is_held(entry, loan)]
-        busy = held or [entry for entry in loan.entries if self._is_behind(entry, loan)]
-        holders: dict[int, tuple[int, int, float, bool]] = {}
-        for entry in held:
-            for slot, holder in islice(entry.holders.items(), HOLDERS_NAMED):
-                assert holder.loan is not None
-                peer, seconds_held = holder.peer, (now - holder.loan.since) / SECOND
-                holders[slot] = peer.pid, peer.uid, seconds_held, holder.loan.exclusive
-        return BorrowTimeout(busy[0].name, seconds, list(holders.values())[:HOLDERS_NAMED])
-
-    def _time_out(self, session: Session, now: int) -> None:
-        """Stop a wait, of either kind, at its deadline."""
-        seconds = (now - session.asked) / SECOND
-        error: FDBrokerError
-        if session.state == WAITING:
-            loan = session.loan
-            assert loan is not None
-            error = self._timed_out(loan, seconds, now)
-            self._leave_line(session, now)
-        else:
-            entry = session.awaited
-            assert entry is not None
-            error = RetireTimeout(entry.name, seconds, len(entry.holders))
-            self._leave_watch(session)
-        self.decisions.append((session, session.asked_seq, error))
-
-    def enter(self, entry: Entry) -> None:
-        self.entries[entry.slot] = entry
-        if entry.state == LIVE and entry.name:
-            self.names[entry.name] = entry
-        elif entry.state == LIVE:
-            self.tickets[entry.ticket] = entry
-        if entry.owner is not None:
-            entry.owner.owned[entry.slot] = entry
-
-    def start_retiring(self, entry: Entry, now: int) -> None:
-        entry.state = RETIRING
-        self.ledger.commit_entry(entry.slot, entry.generation, RETIRING)
-        if self.names.get(entry.name) is entry:
-            del self.names[entry.name]
-        self.tickets.pop(entry.ticket, None)
-        if entry.owner is not None:
-            entry.owner.owned.pop(entry.slot, None)
-        entry.fd.retire()
-        for session in list(entry.line.values()):
-            loan = session.loan
-            if session.state == WAITING and loan is not None:
-                self._leave_line(session, now)
-                self.decisions.append((session, loan.seq, EntryRetired(entry.name)))
-        if not entry.holders:
-            self.closings.append(entry)
-
-    def watch(self, session: Session, entry: Entry) -> None:
-        session.awaited = entry
-        entry.watchers[session.slot] = session
-
-    def _leave_watch(self, session: Session) -> None:
-        entry = session.awaited
-        assert entry is not None
-        self._commit(session, IDLE)
-        session.awaited = None
-        session.deadline = FOREVER
-        entry.watchers.pop(session.slot, None)

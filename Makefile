@@ -1,0 +1,45 @@
+# make demo    set up, then lend one file without a name to eight workers
+# make test    set up, then the fast tier of the tests
+# make long    the long tier: many rounds of what the fast one does briefly
+# make check   ruff, mypy --strict, import contract
+# make bench   the benchmarks (minutes; quiet machine)
+# PYTHON=...   another interpreter, 3.11 or newer; VENV=... another place for its environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test long check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	@$(BIN)/python examples/pool_shared_file.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not long"
+
+long: $(STAMP)
+	$(BIN)/python -m pytest -q -m long
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks rc
+	$(BIN)/python -m benchmarks cycle
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fdbroker needs Python 3.11 or newer: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { echo "python3 has no venv module: apt-get install python3-venv" >&2; exit 1; }
+	@echo "setting up $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
