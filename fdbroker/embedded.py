@@ -66,7 +66,10 @@ class Broker(Client):
 
     def _spawn(self, told: int) -> subprocess.Popen[bytes]:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = dict(os.environ)
+        if os.path.basename(package) not in ("site-packages", "dist-packages"):  # found anyway
+            path = [package, *filter(None, [environment.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(path)
         owner = os.pidfd_open(self._owner_pid)
         try:
             return subprocess.Popen(
@@ -79,7 +82,7 @@ class Broker(Client):
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # whoever reads the owner's must see its end
                 pass_fds=(told, owner),
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+                env=environment,
                 start_new_session=True,  # Ctrl-C is for its owner, who then ends it
             )
         finally:

@@ -156,6 +156,8 @@ class Client:
     ) -> Loan:
         if mode not in (None, "r"):
             raise ValueError(f'mode is None or "r", not {mode!r}')
+        if timeout is not None:
+            timeout = check_timeout(timeout)
         flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
         while True:
             session = self._pool.take()
@@ -231,7 +233,7 @@ class Client:
         `UnknownEntry`, `RetireTimeout`, `CloseFailed`, and `WouldDeadlock` (with nothing changed)
         if this process has it on loan itself.
         """
-        wait_for = timeout if wait else None
+        wait_for = check_timeout(timeout) if wait and timeout is not None else None
         try:
             self._request(RETIRE, name, bool(wait), wait_for, timeout=wait_for)
         except UnknownEntry as error:
@@ -310,6 +312,13 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.address}>"
+
+
+def check_timeout(seconds: float) -> float | None:
+    """`seconds` as the wire takes it: None for infinity.  ValueError below 0 and for a NaN."""
+    if not seconds >= 0:
+        raise ValueError(f"a timeout is None or at least 0 seconds, not {seconds!r}")
+    return seconds if seconds <= messages.TIMEOUT_SECONDS else None
 
 
 def _boot() -> float:

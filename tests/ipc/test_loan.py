@@ -407,3 +407,15 @@ def test_a_loan_closed_behind_its_back_closes_no_number_twice(broker: fdbroker.B
     assert loans(broker) == 0
     os.close(reader)
     os.close(writer)
+
+
+def test_a_timeout_that_is_none_is_refused_here(broker, tmp_path):
+    with (tmp_path / "file").open("w") as file:
+        broker.put("timeout", file)
+    for timeout in (-1, float("nan"), -float("inf")):
+        with pytest.raises(ValueError, match="at least 0"):
+            broker.borrow("timeout", timeout=timeout)
+        with pytest.raises(ValueError, match="at least 0"):
+            broker.retire("timeout", wait=True, timeout=timeout)
+    broker.borrow("timeout", timeout=float("inf")).close()
+    broker.retire("timeout", wait=True, timeout=1e300)
