@@ -26,7 +26,10 @@ from fdbroker.ipc.messages import DESCRIPTORS
 ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
 CREDENTIALS_BYTES = socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer has not read
-NOTHING_UNREAD = struct.pack("i", 0)
+NO_SIZE = struct.pack("i", 0)
+# less than any unread message counts (its sk_buff alone is larger).  Not 0: the kernel wakes us when
+# it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
+LEAST_UNREAD = 256
 PATH_BYTES = 107  # sun_path, less its final NUL
 BACKLOG = 1024
 # plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
@@ -140,7 +143,8 @@ def send_with(sock: socket.socket, data: bytes, ancillary: Ancillary, flags: int
 
 def all_read(sock: socket.socket) -> bool:
     """Whether the peer has taken everything that was sent to it (SIOCOUTQ, unix(7))."""
-    return ioctl(sock.fileno(), SIOCOUTQ, NOTHING_UNREAD) == NOTHING_UNREAD
+    (size,) = INT.unpack(ioctl(sock.fileno(), SIOCOUTQ, NO_SIZE))
+    return bool(size < LEAST_UNREAD)
 
 
 def shut_down(sock: socket.socket) -> None:
