@@ -1,34 +1,60 @@
-"""What holds for the code as a whole: the directions of imports, sizes, what an import costs."""
+"""What holds for the code as a whole: the directions of imports, sizes, types, errors, what an
+import costs, and that no file knows whose machine it was written on."""
+
+from __future__ import annotations
 
 import ast
+import inspect
+import pickle
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fdbroker
+from fdbroker import errors
 
 PACKAGE = Path(fdbroker.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parents[1]
 LINES = 480  # "under about 400"
 
 
-def test_imports_point_down_only():
+# --- layers and sizes ---
+
+
+def test_imports_point_down_only() -> None:
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
-def test_a_file_opens_with_its_idea_and_is_small(path):
+def test_every_module_is_in_a_layer() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (contract,) = project["tool"]["importlinter"]["contracts"]
+    layers = {name for layer in contract["layers"] for name in re.findall(r"[\w.]+", layer)}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {f"fdbroker.{name}" for name in modules | folders} == layers
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_a_file_opens_with_its_idea_and_is_small(path: Path) -> None:
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text)), "no docstring"
     assert len(text.splitlines()) <= LINES
 
 
-def test_the_public_names_are_there_and_typed():
-    assert (PACKAGE / "py.typed").exists()
+# --- the public interface ---
+
+
+def test_the_public_names_are_there() -> None:
     assert {"Broker", "Client", "Loan", "SharedFD", "attach", "borrow", "errors", "put", "rc"} == {
         *fdbroker.__all__
     }
@@ -38,16 +64,106 @@ def test_the_public_names_are_there_and_typed():
         _ = fdbroker.no_such_name
 
 
-@pytest.mark.parametrize("module", ["fdbroker", "fdbroker.rc", "fdbroker.cli"])
-def test_an_import_brings_only_what_is_used(module):
+def methods(cls: type) -> dict[str, Callable[..., Any]]:
+    """The public methods of a class by name, inherited ones and the code of properties too."""
+    found = {}
+    for name, value in inspect.getmembers_static(cls):
+        if isinstance(value, property):
+            value = value.fget
+        value = getattr(value, "__func__", value)  # of a classmethod
+        public = not name.startswith("_") or name in ("__init__", "__enter__", "__exit__")
+        if public and inspect.isfunction(value):
+            found[f"{cls.__name__}.{name}"] = value
+    return found
+
+
+def callables() -> dict[str, Callable[..., Any]]:
+    """All that a user can call."""
+    public = {name: getattr(fdbroker, name) for name in fdbroker.__all__}
+    public |= {name: getattr(fdbroker.rc, name) for name in fdbroker.rc.__all__}
+    found = {name: value for name, value in public.items() if inspect.isfunction(value)}
+    for value in public.values():
+        found |= methods(value) if inspect.isclass(value) else {}
+    return found
+
+
+@pytest.mark.parametrize("function", callables().values(), ids=callables())
+def test_the_public_interface_is_typed(function: Callable[..., Any]) -> None:
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for name, parameter in signature.parameters.items():
+        assert name == "self" or parameter.annotation is not inspect.Parameter.empty, name
+
+
+def test_the_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+SAMPLES: dict[str, Any] = {
+    "int": 7,
+    "float": 0.5,
+    "str": "some",
+    "list[str]": ["one", "two"],
+    "list[tuple[int, int, float, bool]]": [(812, 1000, 240.0, True)],
+}
+
+
+@pytest.mark.parametrize("error", errors.by_code().values(), ids=lambda cls: cls.__name__)
+def test_an_error_is_part_of_the_interface(error: type[errors.FDBrokerError]) -> None:
+    """It pickles with its data, its text is one line, and it is a builtin that is expected."""
+    types: dict[str, str] = {}
+    for base in error.__mro__:
+        types |= vars(base).get("__annotations__", {})
+    raised = error(*(SAMPLES[types[field]] for field in error.fields))
+    copy = pickle.loads(pickle.dumps(raised))
+    assert type(copy) is error
+    assert copy.data == raised.data
+    assert str(copy) == str(raised)
+    assert "\n" not in str(raised)
+    builtins = {base for base in error.__mro__ if base.__module__ == "builtins"}
+    assert builtins - {object, BaseException, Exception}
+
+
+def test_no_two_errors_share_a_code() -> None:
+    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
+    codes = [cls.code for cls in classes if issubclass(cls, errors.FDBrokerError) and cls.code]
+    assert len(codes) == len(set(codes)) == len(errors.by_code())
+
+
+# --- what an import costs ---
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fdbroker",
+        "import fdbroker.rc",
+        "import fdbroker.cli",
+        "import fdbroker as f; f.Client",
+    ],
+)
+def test_an_import_brings_only_what_is_used(code: str) -> None:
     heavy = {"asyncio", "multiprocessing", "psutil", "click", "rich", "numpy", "difflib"}
-    if module != "fdbroker.cli":
+    if code in ("import fdbroker", "import fdbroker.rc"):
         heavy |= {"msgpack", "typing", "socket", "threading"}
-    code = f"import sys, {module}; print(*({heavy} & {{*sys.modules}}))"
+    script = (
+        f"import sys; sys.path[:0] = {sys.path!r}; {code}; print(*({heavy} & {{*sys.modules}}))"
+    )
     done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+# --- the repository ---
+
+
+def test_no_file_knows_this_machine() -> None:
+    """The path of a checkout, a home or an index on one machine helps nobody else."""
+    try:
+        names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout")
+    foreign = re.compile(rb"(?<![\w.$}~])/(?:work|root|opt|home)/[\w.]")
+    paths = [ROOT / name for name in names.split("\0") if name]
+    assert [p for p in paths if p.is_file() and foreign.search(p.read_bytes())] == []
