@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=31, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to keep the raw rounds")
     parser.add_argument("--cpu", type=int, metavar="N", help="default: the last one allowed")
-    parser.add_argument("--policy", choices=POLICIES, default="other", help="of the scheduler")
+    parser.add_argument("--policy", choices=POLICIES, default="batch", help="of the scheduler")
     asked = parser.parse_args()
     if (asked.what == "table") != (asked.file is not None):
         parser.error("table, and nothing else, takes a FILE")
