@@ -70,18 +70,22 @@ class Put(Request):
     def answer(self, server: Server) -> None:
         if self.fd is None:
             assert self.error is not None
-            server.refuse(self.connection, self.seq, self.error)
+            self._refuse(server, self.error)
             return
         try:
             entry = self._enter(server, self.fd)
         except FDBrokerError as error:
             server.workers.submit(Discard([self.fd.detach()]))
-            server.refuse(self.connection, self.seq, error)
+            self._refuse(server, error)
             return
         entry.where = self.where
         entry.ancillary = unix.rights((entry.sysfd,))
         server.custody.keep_entry(entry.slot, entry.sysfd)
         server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
+
+    def _refuse(self, server: Server, error: FDBrokerError) -> None:
+        server.lender.advance(self.connection.session, self.seq)
+        server.refuse(self.connection, self.seq, error)
 
     def _enter(self, server: Server, fd: FD) -> Entry:
         if server.draining or self.connection.ended:
