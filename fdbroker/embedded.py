@@ -17,7 +17,8 @@ import tempfile
 import warnings
 
 from fdbroker.errors import BrokerStartError
-from fdbroker.ipc.client import Client
+from fdbroker.ipc.client import Client, forget_client_at
+from fdbroker.ipc.pool import end_kept
 
 START_SECONDS = 30.0
 END_SECONDS = 5.0  # beside the drain, for the process to end
@@ -94,6 +95,8 @@ class Broker(Client):
         if os.getpid() != self._owner_pid:
             self._process.returncode = 0  # not this process's child, so not its to wait for
             return
+        forget_client_at(self.address)
+        end_kept(self.address)  # it would wait for what this process has detached
         if self._process.poll() is None:
             self._process.terminate()
             try:

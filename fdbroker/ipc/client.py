@@ -6,10 +6,12 @@ loan takes a session of its own, and a child starts with none.  Every method is 
 
 from __future__ import annotations
 
+import errno
+import os
 from time import CLOCK_BOOTTIME, clock_gettime, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fdbroker.descriptors import Kind
+from fdbroker.descriptors import Kind, inspect
 from fdbroker.errors import FDBrokerError, UnknownEntry
 from fdbroker.ipc import messages
 from fdbroker.ipc.address import default_address
@@ -21,6 +23,7 @@ from fdbroker.ipc.messages import (
     EXCLUSIVE,
     LOANS,
     MORE,
+    NAME_BYTES,
     NAMELESS,
     PUT,
     READONLY,
@@ -32,6 +35,7 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.ipc.pool import Pool
 from fdbroker.ipc.session import Session, StaleSession
+from fdbroker.lender.names import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -158,6 +162,10 @@ class Client:
             raise ValueError(f'mode is None or "r", not {mode!r}')
         if timeout is not None:
             timeout = check_timeout(timeout)
+        if purpose:
+            check_purpose(purpose)
+        if type(what) is not str or not what.isascii() or not 0 < len(what) <= NAME_BYTES:
+            check_names(what)  # the rest of the rule is for the broker to tell
         flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
         while True:
             session = self._pool.take()
@@ -204,6 +212,7 @@ class Client:
         this process ends.  Returns the entry's generation, a number that only grows.  Raises
         `NameTaken`, `BadName`, `UnsupportedKind`, `NotPermitted`, `BrokerFull`, `BrokerClosing`.
         """
+        check_name(name)
         generation, _ = self._put(name, obj, REPLACE * replace, ephemeral)
         return int(generation)
 
@@ -219,12 +228,17 @@ class Client:
 
     def _put(self, name: str, obj: HasFileno | int, flags: int, ephemeral: bool) -> list[Any]:
         fd = obj if isinstance(obj, int) else obj.fileno()
+        os.fstat(fd)  # a number that is closed could become the one of a session's socket
         take, give = self._pool.take, self._pool.give
         if ephemeral:
             take, give = self._pool.take_owner, self._pool.give_owner
-        return self._request(
-            PUT, name, flags | EPHEMERAL * ephemeral, fds=(fd,), take=take, give=give
-        )
+            flags |= EPHEMERAL
+        try:
+            return self._request(PUT, name, flags, fds=(fd,), take=take, give=give)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # what the kernel itself refuses to send: io_uring
+                inspect(fd)
+            raise
 
     def retire(self, name: str | bytes, wait: bool = False, timeout: float | None = None) -> None:
         """The entry refuses new borrows from now on, its name is free, its last return closes it.
@@ -233,6 +247,7 @@ class Client:
         `UnknownEntry`, `RetireTimeout`, `CloseFailed`, and `WouldDeadlock` (with nothing changed)
         if this process has it on loan itself.
         """
+        check_names(name)
         wait_for = check_timeout(timeout) if wait and timeout is not None else None
         try:
             self._request(RETIRE, name, bool(wait), wait_for, timeout=wait_for)
@@ -258,6 +273,8 @@ class Client:
 
     def loans(self, name: str | None = None) -> list[LoanInfo]:
         """All loans that are out, or those of the entry `name` (of retiring ones too)."""
+        if name:
+            check_name(name)
         found: list[LoanInfo] = []
         cursor, index, since_boot = 0, 0, _boot()
         while True:
@@ -318,7 +335,29 @@ def check_timeout(seconds: float) -> float | None:
     """`seconds` as the wire takes it: None for infinity.  ValueError below 0 and for a NaN."""
     if not seconds >= 0:
         raise ValueError(f"a timeout is None or at least 0 seconds, not {seconds!r}")
-    return seconds if seconds <= messages.TIMEOUT_SECONDS else None
+    return float(seconds) if seconds <= messages.TIMEOUT_SECONDS else None
+
+
+def check_purpose(purpose: str) -> None:
+    """ValueError for a purpose that is too long."""
+    if len(purpose.encode(errors="replace")) > messages.PURPOSE_BYTES or not purpose.isprintable():
+        limit = messages.PURPOSE_BYTES
+        raise ValueError(f"a purpose has at most {limit} printable bytes, not {purpose!a}")
+
+
+def check_names(names: str | bytes | list[str]) -> None:
+    """`BadName` for one that is none, ValueError if they are too many for one message."""
+    if isinstance(names, bytes):  # a ticket
+        return
+    if isinstance(names, str):
+        check_name(names)
+        return
+    for name in names:
+        check_name(name)
+    if len(names) > messages.NAMES:
+        raise ValueError(f"at most {messages.NAMES} names can be borrowed at once")
+    if sum(map(len, names)) + 3 * len(names) > messages.MESSAGE_BYTES - 1024:  # the other fields
+        raise ValueError(f"these names take more than the {messages.MESSAGE_BYTES} bytes at once")
 
 
 def _boot() -> float:
@@ -335,3 +374,10 @@ def client_at(address: str) -> Client:
     if client is None:
         client = _clients.setdefault(address, Client(address))
     return client
+
+
+def forget_client_at(address: str) -> None:
+    """Close it: its broker ends."""
+    client = _clients.pop(address, None)
+    if client is not None:
+        client.close()

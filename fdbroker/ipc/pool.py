@@ -74,3 +74,10 @@ def keep_until_exit(session: Session) -> None:
     """Keep a session open as long as the process lives, and in its forked children."""
     session.kept = True
     _until_exit.append(session)
+
+
+def end_kept(address: str) -> None:
+    """End the sessions that were kept for the broker at `address`, which itself ends now."""
+    for session in [session for session in _until_exit if session.address == address]:
+        _until_exit.remove(session)
+        session.end()

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
 
 GRACE_SECONDS = 2.0  # after the deadline, which the broker keeps, the client gives up by itself
+BACKSTOP_SECONDS = 10**6  # a longer timeout is only the broker's (poll(2) takes 24 days)
 HELLO_TRIES = 10  # an end before the answer to hello: the broker is being replaced, connect again
 
 
@@ -177,6 +178,8 @@ class Session:
         One to another seq is passed over, and what it brought is closed.
         """
         inbox = self.inbox
+        if timeout is not None and timeout > BACKSTOP_SECONDS:
+            timeout = None
         deadline = None if timeout is None else monotonic() + timeout + GRACE_SECONDS
         cancelled = False
         while True:

@@ -27,8 +27,8 @@ ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
 CREDENTIALS_BYTES = socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer has not read
 NO_SIZE = struct.pack("i", 0)
-# less than any unread message counts (its sk_buff alone is larger).  Not 0: the kernel wakes us when
-# it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
+# less than any unread message counts (its sk_buff alone is larger).  Not 0: the kernel wakes us
+# when it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
 LEAST_UNREAD = 256
 PATH_BYTES = 107  # sun_path, less its final NUL
 BACKLOG = 1024
