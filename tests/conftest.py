@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -16,6 +17,11 @@ import pytest
 import support
 
 import fdbroker
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works, also where a shell started us in the background, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
