@@ -12,7 +12,7 @@ from time import CLOCK_BOOTTIME, clock_gettime, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fdbroker.descriptors import Kind, inspect
-from fdbroker.errors import FDBrokerError, UnknownEntry
+from fdbroker.errors import FDBrokerError, ProtocolError, UnknownEntry
 from fdbroker.ipc import messages
 from fdbroker.ipc.address import default_address
 from fdbroker.ipc.loan import Loan
@@ -174,6 +174,8 @@ class Client:
                     BORROW, what, flags, timeout, purpose, timeout=timeout
                 )
                 session.lend(exclusive)
+                if total != len(names):
+                    raise ProtocolError("broker", "the loan is of another number of entries")
                 while (have := len(session.fds)) < total:
                     session.request(MORE, have)
                 return Loan(session, names, since)

@@ -169,7 +169,11 @@ class Session:
         except BaseException:
             self.end()
             raise
-        check_reply(verb, code, reply)
+        try:
+            check_reply(verb, code, reply)
+        except ProtocolError:
+            self.end()
+            raise
         return reply
 
     def _reply(self, seq: int, into: unix.Buffers, timeout: float | None) -> tuple[int, list[Any]]:
@@ -217,8 +221,8 @@ class Session:
 
     def _broken_promise(self, reply: list[Any]) -> FDBrokerError:
         """What to raise when not all descriptors came that the payload speaks of."""
-        promised = reply[1] if len(reply) == 3 else -1
-        if len(self.inbox.fds) > promised:
+        promised = reply[1] if len(reply) == 3 else None
+        if type(promised) is not int or len(self.inbox.fds) > promised:
             return ProtocolError("broker", "more descriptors came than it promised")
         return too_many_files("client")
 
