@@ -167,6 +167,7 @@ class Client:
         if type(what) is not str or not what.isascii() or not 0 < len(what) <= NAME_BYTES:
             check_names(what)  # the rest of the rule is for the broker to tell
         flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
+        lent = False
         while True:
             session = self._pool.take()
             try:
@@ -174,6 +175,7 @@ class Client:
                     BORROW, what, flags, timeout, purpose, timeout=timeout
                 )
                 session.lend(exclusive)
+                lent = True
                 if total != len(names):
                     raise ProtocolError("broker", "the loan is of another number of entries")
                 while (have := len(session.fds)) < total:
@@ -189,7 +191,8 @@ class Client:
                     raise self._with_nearest(error) from None
                 raise
             except BaseException:
-                session.end()
+                if session.thread or not lent:  # else the loan was dropped, so it is back already
+                    session.end()
                 raise
 
     def _with_nearest(self, error: UnknownEntry) -> UnknownEntry:

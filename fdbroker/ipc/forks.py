@@ -48,12 +48,15 @@ def threaded() -> bool:
 
 def catch_up() -> None:
     """Do what finalizers left; called by whoever has just left the gate."""
-    while later and GATE.acquire(blocking=False):
-        try:
-            while later:
-                later.popleft()()
-        finally:
-            GATE.release()
+    while later:
+        for acquired in map(GATE.acquire, (False,)):  # no interrupt can come before the `try`
+            if not acquired:
+                return
+            try:
+                while later:
+                    later.popleft()()
+            finally:
+                GATE.release()
 
 
 def in_finalizer(action: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ borrower: the offset, O_NONBLOCK and locks are everybody's.  So use `os.pread`, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -21,15 +22,14 @@ from typing import IO, TYPE_CHECKING, Any
 from weakref import ref
 
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
-from fdbroker.ipc import forks
+from fdbroker.ipc import forks, wrappers
 from fdbroker.ipc.pool import keep_until_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
-    from fdbroker.ipc.session import Session
-    from fdbroker.rc import FD
+    from fdbroker.ipc.session import Lifeline, Session
 
 
 class Loan:
@@ -92,12 +92,7 @@ class Loan:
         """
         fd = self.fileno(name)
         with forks.GATE:
-            number = os.dup(fd)
-            try:
-                sock = socket.socket(fileno=number)
-            except BaseException:
-                os.close(number)
-                raise
+            sock = wrappers.socket_of(fd)
             self._session.wrappers.append(ref(sock))
         forks.catch_up()
         return sock
@@ -111,13 +106,7 @@ class Loan:
         """
         fd = self.fileno(name)
         with forks.GATE:
-            file = open(  # noqa: SIM115 - closed with the loan
-                name or self.entry or "shared",
-                mode,
-                buffering,
-                opener=lambda *_: os.dup(fd),
-                **text,
-            )
+            file = wrappers.file_of(fd, name or self.entry or "shared", mode, buffering, **text)
             self._session.wrappers.append(ref(file))
         forks.catch_up()
         return file
@@ -140,14 +129,8 @@ class Loan:
             writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         with forks.GATE:
-            life = self._session.count_mappings()
-            life.incref()
-            try:
-                mapping = _Mapping(fd, length, access=access, offset=offset)
-            except BaseException:
-                life.decref()
-                raise
-            mapping.counted_by = iter((life,))
+            mapping = _Mapping(fd, length, access=access, offset=offset)
+            mapping.of = self._session, self._session.share_lifeline()
             self._session.mappings.append(ref(mapping))
         forks.catch_up()
         return mapping
@@ -192,7 +175,7 @@ class Loan:
         self.close()
 
     def __del__(self) -> None:
-        for session in self._taken:
+        for session in getattr(self, "_taken", ()):  # an interrupted constructor has set none
             try:
                 if not session.forked and not session.over:
                     warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
@@ -205,26 +188,20 @@ class Loan:
 
 
 class _Mapping(mmap.mmap):
-    """A mapping that is a reference to its loan until it is unmapped."""
+    """A mapping that holds its loan until it is unmapped."""
 
-    counted_by: Iterator[FD] = iter(())
+    of: tuple[Session, Lifeline] | None = None
 
     def close(self) -> None:
         """Unmap; BufferError while an array or a memoryview still looks at it."""
         with forks.GATE:  # a mapping has a descriptor of its own, which ends here
             super().close()
-            self._discount()
+            self.of = None
         forks.catch_up()
 
-    def _discount(self) -> None:
-        for life in self.counted_by:
-            life.decref()
-
     def _end(self) -> None:
-        try:
+        with contextlib.suppress(BufferError):  # what looks at it ends with it: they are a cycle
             self.close()
-        except BufferError:  # it ends together with what looks at it: they were in a cycle
-            self._discount()
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from fdbroker.errors import ClosedClientError
+from fdbroker.ipc import forks
 from fdbroker.ipc.session import Session
 
 IDLE_SESSIONS = 64  # kept for the next request; more of them end when they come back
@@ -39,6 +40,8 @@ class Pool:
     def _take(self, idle: deque[Session]) -> Session:
         if self.closed:
             raise ClosedClientError()
+        if forks.later:  # what an interrupted finalizer left
+            forks.catch_up()
         while True:
             try:
                 session = idle.pop()

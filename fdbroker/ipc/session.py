@@ -22,11 +22,10 @@ from socket import socket
 from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 from fdbroker.errors import (
     BrokerGone,
-    ClosedFDError,
     FDBrokerError,
     ProtocolError,
     TooManyFiles,
@@ -46,7 +45,6 @@ from fdbroker.ipc.messages import (
     encode,
 )
 from fdbroker.ipc.wrappers import Wrapper
-from fdbroker.rc import FD
 
 if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
@@ -62,6 +60,28 @@ class StaleSession(BrokerGone):
     code = 0
 
 
+class Lifeline:
+    """Held by a loan and by each of its mappings: the last of them to go returns the loan.
+
+    It counts as Python does, since a mapping ends where its array does, and an interrupt must not
+    lose the count.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, session: Session) -> None:
+        _sessions_of[id(self)] = session
+
+    def __del__(self) -> None:
+        session = _sessions_of.pop(id(self), None)
+        if session is not None and session.returning:
+            forks.in_finalizer(session.let_go)
+
+
+# not weak references of the lifelines' own: gc clears those before it calls `__del__`
+_sessions_of: WeakValueDictionary[int, Session] = WeakValueDictionary()
+
+
 class Session:
     """One connection to the broker at `address`.  Not for two threads at a time."""
 
@@ -75,10 +95,11 @@ class Session:
         "forked",
         "inbox",
         "kept",
-        "life",
+        "lifeline",
         "mappings",
         "over",
         "pool",
+        "returning",
         "sock",
         "split",
         "thread",
@@ -98,7 +119,8 @@ class Session:
         self.earlier: list[unix.Inbox] = []  # ... the last of them, after these
         self.wrappers: list[ref[Wrapper]] = []  # sockets and files: they end with the loan
         self.mappings: list[ref[Wrapper]] = []  # the loan ends with them
-        self.life: FD | None = None  # counts the loan's mappings, once there is one
+        self.lifeline: Lifeline | None = None  # the loan's own, once there is a mapping
+        self.returning = False  # the loan is closed, and the last mapping returns it
         self._seq = -1
         self._into: unix.Buffers = ((bytearray(REPLY_BYTES),),)
         with forks.GATE:  # a child that is forked from here on knows of it
@@ -240,14 +262,11 @@ class Session:
             return self.inbox.fds
         return [number for inbox in (*self.earlier, self.inbox) for number in inbox.fds]
 
-    def count_mappings(self) -> FD:
-        """The FD whose references are the loan's mappings: its close is the loan's return.
-
-        Called under the gate.
-        """
-        if self.life is None:
-            self.life = FD(self.sock.fileno(), close=self._let_go)
-        return self.life
+    def share_lifeline(self) -> Lifeline:
+        """What each mapping is to hold.  Called under the gate."""
+        if self.lifeline is None:
+            self.lifeline = Lifeline(self)
+        return self.lifeline
 
     def close_loan(self) -> None:
         """Close the wrappers, then the descriptors, then return the loan, or leave that to the
@@ -263,11 +282,11 @@ class Session:
                 forks.catch_up()
             else:
                 self.close_descriptors()
-            life = self.life
-            if life is None:
-                self._let_go(0)
+            if self.lifeline is None:
+                self.let_go()
             else:
-                life.retire()
+                self.returning = True
+                self.lifeline = None
         except BaseException:
             self.end()
             raise
@@ -285,9 +304,9 @@ class Session:
     def _wrappers(self) -> list[Wrapper]:
         return [wrapper for made in self.wrappers if (wrapper := made()) is not None]
 
-    def _let_go(self, _: int) -> None:
+    def let_go(self) -> None:
         """Everything is closed: RETURN, and go back to the pool."""
-        self.life = None
+        self.returning = False
         self.mappings.clear()
         self.thread = 0
         if self.split or self.pool is None:
@@ -326,13 +345,14 @@ class Session:
         forks.catch_up()
 
     def __del__(self) -> None:
-        if not self.over:
+        if not getattr(self, "over", True):  # an interrupted constructor may not have set it
             forks.in_finalizer(self.end)
 
     # --- the fork rule; the gate is held ---
 
     def at_fork_in_parent(self, thread: int) -> None:
-        if self.thread and (self.life or (self.thread == thread and not self.exclusive)):
+        mapped = self.returning or self.lifeline is not None
+        if self.thread and (mapped or (self.thread == thread and not self.exclusive)):
             self.split = True
 
     def at_fork_in_child(self, thread: int) -> None:
@@ -352,9 +372,8 @@ class Session:
                     mapping.close()
             except BufferError:
                 mapped = True  # somebody still looks at it: this copy goes with the mapping
-        if self.life is not None:
-            with contextlib.suppress(ClosedFDError):  # the loan was closed before the fork
-                self.life.retire()
+        self.returning = mapped
+        self.lifeline = None
         if not mapped:
             self.end()
 

@@ -101,7 +101,7 @@ class Inbox:
         return list(self._rights or ())
 
     def __del__(self) -> None:
-        if self.raw:
+        if getattr(self, "raw", None):  # an interrupted constructor has set none
             self.close()
 
 

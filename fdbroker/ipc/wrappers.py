@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from socket import socket
-from typing import Protocol
+from typing import IO, Any, Protocol
 
 from fdbroker.rc import identity
 
@@ -20,6 +20,31 @@ class Wrapper(Protocol):
     """A socket, a file object, or a mapping."""
 
     def close(self) -> object: ...
+
+
+def socket_of(fd: int) -> socket:
+    """A socket object with a dup of `fd`."""
+    made, dups = socket.__new__(socket), list[int]()
+    try:
+        dups.extend(map(os.dup, (fd,)))  # in one call into C, so no interrupt can lose it
+        socket.__init__(made, fileno=dups[0])
+    except BaseException:
+        if made.fileno() < 0:  # it has not taken it over
+            for number in dups:
+                os.close(number)
+        raise
+    return made
+
+
+def file_of(fd: int, name: str, mode: str, buffering: int, **text: Any) -> IO[Any]:
+    """A file object with a dup of `fd`, as from the builtin `open`."""
+    dups: dict[str, int] = {}
+    try:
+        dups.update(zip((name,), map(os.dup, (fd,)), strict=True))
+        return open(name, mode, buffering, opener=dups.pop, **text)  # called as pop(name, flags)
+    finally:
+        for number in dups.values():
+            os.close(number)
 
 
 def flush(wrappers: Iterable[Wrapper]) -> OSError | None:
