@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from fcntl import LOCK_EX, LOCK_NB, flock, ioctl
 
-from fdbroker.errors import AlreadyServing, BadAddress, NoBroker
+from fdbroker.errors import AlreadyServing, BadAddress, NoBroker, NotPermitted
 from fdbroker.ipc.messages import DESCRIPTORS
 
 ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
@@ -189,7 +189,7 @@ def client_socket() -> socket.socket:
 
 
 def connect(address: str, sock: socket.socket | None = None) -> socket.socket:
-    """Connect to the broker at the path `address`; `NoBroker`, `BadAddress`.
+    """Connect to the broker at the path `address`; `NoBroker`, `NotPermitted`, `BadAddress`.
 
     If this raises, the socket is closed, a `sock` of the caller's too.
     """
@@ -200,6 +200,9 @@ def connect(address: str, sock: socket.socket | None = None) -> socket.socket:
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         sock.close()
         raise NoBroker(address) from None
+    except PermissionError:  # the mode of the socket, or of its folder
+        sock.close()
+        raise NotPermitted(os.geteuid(), "connect") from None
     except BaseException:
         sock.close()
         raise

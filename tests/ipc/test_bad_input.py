@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import support
 from support import BORROW, PUT, SHARED, Peer, Raw, wait_until
 
 import fdbroker
@@ -22,6 +23,7 @@ from fdbroker.errors import (
     BadName,
     NameTaken,
     NoBroker,
+    NotPermitted,
     UnknownEntry,
     UnsupportedKind,
 )
@@ -214,6 +216,20 @@ def test_nobody_serves_there(tmp_path: Path, data_file: IO[bytes]) -> None:
 def stale_socket(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.bind(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another uid")
+def test_a_socket_that_others_must_not_open(broker: fdbroker.Broker) -> None:
+    """The default mode: the kernel itself refuses, before the broker is asked."""
+
+    def ask() -> None:
+        os.setuid(65534)
+        with fdbroker.Client(broker.address) as client:
+            client.stats()
+
+    with pytest.raises(NotPermitted) as caught:
+        support.in_fork(ask)
+    assert caught.value.data == (65534, "connect")
 
 
 def test_a_path_that_is_too_long(tmp_path: Path) -> None:
