@@ -145,7 +145,7 @@ def test_the_last_worker_closes_what_was_retired(
         with pytest.raises(errors.UnknownTicket):
             ref.borrow()
         first.call(kit.drop)
-        assert [loan.pid for loan in broker.loans()] == [pid]
+        support.wait_until(lambda: [loan.pid for loan in broker.loans()] == [pid])
         last.begin(kit.write_and_wait if dies else kit.write, b"still open")
         assert os.read(reader, 100) == b"still open"
         assert not ended.poll(0)
