@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -216,6 +217,8 @@ def test_a_mapping_in_use_keeps_the_loan_until_the_child_ends(
     broker.put("data", data_file)
     with broker.borrow("data", exclusive=True) as loan:
         view = memoryview(loan.mmap())
+        number = loan.fileno()
+        assert not support.in_fork(lambda: view[3] != 3 or is_open(number))
         child = Child(lambda: view[3])
     view.release()
     gc.collect()
@@ -308,6 +311,7 @@ def unowned(baseline: dict[int, str], loan: fdbroker.Loan | None) -> dict[int, s
 
 def fork_with_threads(address: str, rounds: int) -> list[dict[int, str]]:
     warnings.simplefilter("ignore", DeprecationWarning)  # of fork with threads, which is meant
+    sys.setswitchinterval(1e-6)  # more threads are in the middle of something
     baseline = support.open_files()
     client = fdbroker.Client(address)
     stop = threading.Event()
