@@ -120,7 +120,7 @@ def test_what_cannot_be_opened_anew(
         with pytest.raises(UnsupportedKind, match=reason) as caught:
             broker.borrow("it", mode="r")
         assert caught.value.kind == kind
-        broker.borrow("it", exclusive=True, timeout=0).close()  # nothing is lent, or waits
+        broker.borrow("it", exclusive=True, timeout=5).close()  # nothing is lent, or waits
         with pytest.raises(UnsupportedKind):
             broker.borrow_all(["it", "it"], mode="r")
     wait_until(lambda: broker.stats()["loans"] == 0)

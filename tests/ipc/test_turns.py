@@ -57,7 +57,7 @@ def test_an_exclusive_loan_runs_alone(
     assert 0 <= held < 20
     assert f"held by pid {peer.pid}" in str(caught.value)
     peer.call(let_go)
-    broker.borrow("data", exclusive=second, timeout=0).close()
+    broker.borrow("data", exclusive=second, timeout=5).close()
 
 
 def test_the_timeout_is_kept(broker: fdbroker.Broker, peer: Peer) -> None:
@@ -136,9 +136,9 @@ def test_several_at_once_or_none(broker: fdbroker.Broker, peer: Peer, data_file:
     with pytest.raises(BorrowTimeout) as caught:
         broker.borrow_all(["data", "more"], exclusive=True, timeout=0)
     assert caught.value.name == "more"
-    broker.borrow("data", exclusive=True, timeout=0).close()
+    broker.borrow("data", exclusive=True, timeout=5).close()
     peer.call(let_go)
-    broker.borrow_all(["data", "more"], exclusive=True, timeout=0).close()
+    broker.borrow_all(["data", "more"], exclusive=True, timeout=5).close()
 
 
 def test_retired_while_it_was_waited_for(broker: fdbroker.Broker, peer: Peer) -> None:
