@@ -327,8 +327,10 @@ def fork_with_threads(address: str, rounds: int) -> list[dict[int, str]]:
                         another.stats()
                 with client.borrow("data", mode=dice.choice([None, None, "r"])) as loan:
                     file = loan.open("rb") if dice.random() < 0.3 else None
-                    mapping = loan.mmap() if dice.random() < 0.3 else None
-                del file, mapping
+                    mappings = [loan.mmap() for _ in range(dice.choice([0, 0, 4]))]
+                for mapping in mappings[::2]:
+                    mapping.close()
+                del file, mappings
         except BaseException as error:
             errors.append(error)
 
