@@ -9,10 +9,17 @@ request before it.  A name is a str, a ticket is bytes; both are welcome whereve
 
 Nothing here knows of sockets.  A request is looked at field by field before anybody acts on it;
 what does not fit the table is a `ProtocolError` of whoever sent it.
+
+**What is said again is not worked out again.**  Requests that are alike but for their seq are
+alike byte for byte, if the seq always takes nine bytes (msgpack's uint 64; any of its forms is
+welcome).  So a client encodes a request once, as a `Template`, and puts the seq in; a broker
+knows a request that it has decoded and checked before by its bytes without the seq.  Either takes
+a third of the time.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +30,7 @@ from fdbroker.errors import FDBrokerError, ProtocolError
 
 VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
-REPLY_BYTES = 4096  # of every reply that is not a page
+REPLY_BYTES = 992  # of every reply that is not a page; with a bytes object's head, below 1 KiB
 DESCRIPTORS = 253  # SCM_MAX_FD of the kernel (include/net/scm.h)
 NAME_BYTES = 255  # as a file's name (NAME_MAX)
 NAMES = 4096  # of one borrow_all
@@ -38,7 +45,12 @@ WHERE_CHARS = 128  # of the address or the path in a row
 EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
 REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
-Data = bytes | bytearray | memoryview
+HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
+UINT64 = 0xCF  # msgpack's
+KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
+KNOWN_BYTES = 1024
+GRANT = struct.Struct(">3sQBHBHBQ")  # the reply to BORROW and MORE, in msgpack's widest forms
+UINT16 = 0xCD
 
 
 class Field(NamedTuple):
@@ -63,12 +75,14 @@ class Verb(NamedTuple):
     fields: tuple[Field, ...]
     takes_descriptor: bool = False
     one_way: bool = False
+    becomes: Callable[[list[Any]], Any] = tuple
 
 
 HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
 
 VERBS: dict[int, Verb] = {
-    HELLO: Verb("hello", "", (Field("version", (int,), 2**31),)),
+    # puts: whether this session will bring descriptors; only then the broker receives any on it
+    HELLO: Verb("hello", "", (Field("version", (int,), 2**31), Field("puts", (bool,), 1))),
     BORROW: Verb(
         "borrow",
         "borrow",
@@ -139,12 +153,30 @@ encode: Callable[[list[Any]], bytes] = msgpack.Packer().pack
 """The bytes of one message.  One call packs one message, so that threads can share it."""
 
 
+class Template(NamedTuple):
+    """A request but for its seq: ``HEAD.pack(head, seq) + tail`` are its bytes."""
+
+    head: bytes
+    tail: bytes
+
+
+def template(verb: int, *fields: Any) -> Template:
+    """A request with these fields, at most 13, encoded."""
+    packed = encode([verb, *fields])
+    return Template(bytes((packed[0] + 1, verb, UINT64)), packed[2:])
+
+
+def encode_grant(seq: int, total: int, count: int, since: int) -> bytes:
+    """The bytes of the reply that comes with `count` of a loan's `total` descriptors."""
+    return GRANT.pack(b"\x95\x00\xcf", seq, UINT16, total, UINT16, count, UINT64, since)
+
+
 def encode_error(seq: int, error: FDBrokerError) -> bytes:
     """The bytes of a refusal."""
     return encode([error.code, seq, *error.data])
 
 
-def _decode(data: Data, side: str) -> list[Any]:
+def _decode(data: bytes, side: str) -> list[Any]:
     try:
         message = msgpack.unpackb(data)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
@@ -156,26 +188,45 @@ def _decode(data: Data, side: str) -> list[Any]:
     return message
 
 
-def decode_request(data: Data) -> tuple[int, int, list[Any]]:
+_known: dict[bytes, tuple[int, Any]] = {}  # requests without their seq: verb, fields
+
+
+def decode_request(data: bytes) -> tuple[int, int, Any]:
     """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
 
-    HELLO may carry more fields than this version knows, so that versions can tell each other.
+    The fields are a tuple, or what the verb makes of them (`Verb.becomes`); nobody may change
+    them, since the next such request is given the same ones.
     """
+    if len(data) >= HEAD.size:
+        head, seq = HEAD.unpack_from(data)
+        known = _known.get(head + data[HEAD.size :])
+        if known is not None and seq < SEQ:
+            return known[0], seq, known[1]
     message = _decode(data, "client")
     code, seq = message[0], message[1]
+    fields = _check(code, message[2:])
+    if data[1:3] == bytes((code, UINT64)) and len(data) <= KNOWN_BYTES:
+        if len(_known) >= KNOWN_REQUESTS:
+            _known.clear()
+        _known[data[:3] + data[HEAD.size :]] = code, fields
+    return code, seq, fields
+
+
+def _check(code: int, fields: list[Any]) -> Any:
+    """The fields as the verb wants them, each looked at."""
     verb = VERBS.get(code)
     if verb is None:
         raise ProtocolError("client", f"verb {code} is unknown")
-    fields = message[2:] if code else message[2:3]  # HELLO is 0
+    if code == HELLO:  # another version may say anything after its number
+        fields = [*fields[:1], fields[1:2] == [True]]
     if len(fields) != len(verb.fields):
         raise ProtocolError("client", f"{verb.name} takes {len(verb.fields)} fields")
-    # the lengths are equal; to have zip see to that (strict=) takes as long as all the checks
-    for (name, types, limit, least), value in zip(verb.fields, fields):  # noqa: B905
+    for (name, types, limit, least), value in zip(verb.fields, fields, strict=True):
         kind = type(value)
         if kind not in types:
             raise ProtocolError("client", f"{name} is of the wrong type")
         if kind is str:
-            size = len(value) if value.isascii() else len(value.encode())
+            size = len(value.encode())
         elif kind is bytes or kind is list:
             size = len(value)
         else:  # a number, or None where that may be
@@ -184,7 +235,7 @@ def decode_request(data: Data) -> tuple[int, int, list[Any]]:
             raise ProtocolError("client", f"{name} is not within {least} to {limit}")
         if kind is list:
             _check_names(value)
-    return code, seq, fields
+    return verb.becomes(fields)
 
 
 def _check_names(names: list[Any]) -> None:
@@ -193,7 +244,7 @@ def _check_names(names: list[Any]) -> None:
             raise ProtocolError("client", "one of the names is none")
 
 
-def decode_reply(data: Data) -> tuple[int, int, list[Any]]:
+def decode_reply(data: bytes) -> tuple[int, int, list[Any]]:
     """(code, seq, fields) of a reply; `check_reply` tells what is in it."""
     message = _decode(data, "broker")
     return message[0], message[1], message[2:]

@@ -235,7 +235,7 @@ class Server:
             return None
         connection.inbox = inbox
         try:
-            verb, seq, fields = decode_request(self._view[:size])
+            verb, seq, fields = decode_request(bytes(self._view[:size]))
             if inbox is not None and not VERBS[verb].takes_descriptor:
                 raise ProtocolError("client", "it sent descriptors that nobody asked for")
             if connection.greeted:

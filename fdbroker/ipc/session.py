@@ -221,7 +221,7 @@ class Session:
             length = inbox.sort()
             if length == 0:
                 raise BrokerGone(self.address)
-            code, of, reply = decode_reply(memoryview(into[0][0])[:length])
+            code, of, reply = decode_reply(bytes(into[0][0][:length]))
             if of == seq:
                 return code, reply
             inbox.close()
