@@ -11,6 +11,7 @@ from collections import deque
 from contextlib import suppress
 
 from fdbroker.errors import ClosedClientError
+from fdbroker.ipc import forks
 from fdbroker.ipc.putter import Putter
 from fdbroker.ipc.session import Session
 from fdbroker.ipc.wire import until_exit
@@ -89,14 +90,12 @@ class Pool:
                     putter.end()
 
 
-def keepuntil_exit(session: Session) -> None:
-    """Keep a session open as long as the process lives, and in its forked children."""
-    session.kept = True
-    until_exit.append(session)
-
-
-def end_kept(address: str) -> None:
-    """End the sessions that were kept for the broker at `address`, which itself ends now."""
+def cut_off(address: str) -> None:
+    """End what this process has of the broker at `address`, which itself ends now and would wait
+    for it.  Loans that are open keep their descriptors."""
     for wire in [wire for wire in until_exit if wire.address == address]:
         until_exit.remove(wire)
         wire.end()
+    for session in list(forks.sessions):
+        if isinstance(session, Session) and session.address == address:
+            session.cut_off()

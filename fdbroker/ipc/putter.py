@@ -38,8 +38,8 @@ class Putter(Wire):
             sent.extend(map(self.sock.sendmsg, (message,), (unix.rights((fd,)),), (unix.SEND,)))
             code, reply, _, _ = self.reply(self.seq)
             owned.close(self.owned)
-            if code:
-                self.owns = owned_before
+            if not code:
+                check_reply(PUT, code, reply)
         except BaseException as error:
             broken = self.is_stale(error) or isinstance(error, ConnectionResetError)
             if not sent and not broken:
@@ -51,7 +51,9 @@ class Putter(Wire):
             else:
                 self.give_up_after(error)
             raise
-        check_reply(PUT, code, reply)
+        if code:
+            self.owns = owned_before
+            check_reply(PUT, code, reply)
         return reply
 
     def __del__(self) -> None:

@@ -131,6 +131,16 @@ class Session(Wire):
         else:
             self.pool.give(self)
 
+    def cut_off(self) -> None:
+        """If it carries a loan, that is returned now, but keeps its descriptors until it is closed.
+        What a forked child has of it goes on."""
+        with forks.gate():
+            if self.thread or self.holding is not None:
+                if not self.split:
+                    unix.shut_down(self.sock)
+                self.split = True  # so its close sends nothing
+                self.sock.close()
+
     def end(self) -> None:
         """Close everything; the broker sees the end of the session once no copy is left."""
         self.thread = 0

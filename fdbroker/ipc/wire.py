@@ -7,7 +7,6 @@ refusal is no such thing.  What was received belongs to `owned` until it is hand
 
 from __future__ import annotations
 
-import errno
 import select
 from collections.abc import Callable
 from contextlib import suppress
@@ -111,17 +110,19 @@ class Wire:
         )
         if refused and not self.over:
             return
+        stale = self.is_stale(error)
         self.end()
-        if self.is_stale(error):
+        if stale:
             raise StaleSession(self.address) from None
         if isinstance(error, ConnectionResetError) and not isinstance(error, BrokerGone):
             raise BrokerGone(self.address) from None
 
     def is_stale(self, error: BaseException) -> bool:
         """Whether the broker never saw the request, or it stayed with this process's parent."""
-        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EBADF):
-            return True  # it had hung up, or the session was ended here
-        return self.forked and isinstance(error, Exception)
+        if isinstance(error, BrokenPipeError):
+            return True
+        ended_here = isinstance(error, OSError) and self.sock.fileno() < 0
+        return ended_here or (self.forked and isinstance(error, Exception))
 
     # --- receiving ---
 
