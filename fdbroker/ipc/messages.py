@@ -27,6 +27,7 @@ import msgpack
 
 from fdbroker import errors
 from fdbroker.errors import FDBrokerError, ProtocolError
+from fdbroker.lender.parts import Wish
 
 VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
@@ -47,6 +48,7 @@ REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
 UINT64 = 0xCF  # msgpack's
+SECOND = 1_000_000_000  # the ledger counts nanoseconds
 KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 1024
 GRANT = struct.Struct(">3sQBHBHBQ")  # the reply to BORROW and MORE, in msgpack's widest forms
@@ -78,6 +80,17 @@ class Verb(NamedTuple):
     becomes: Callable[[list[Any]], Any] = tuple
 
 
+def _wish(fields: list[Any]) -> Wish:
+    names, flags, timeout, purpose = fields
+    return Wish(
+        tuple(names) if type(names) is list else (names,),
+        flags & EXCLUSIVE != 0,
+        flags & READONLY != 0,
+        None if timeout is None else int(timeout * SECOND),
+        purpose,
+    )
+
+
 HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
 
 VERBS: dict[int, Verb] = {
@@ -87,6 +100,7 @@ VERBS: dict[int, Verb] = {
         "borrow",
         "borrow",
         (_NAMES, Field("flags", (int,), 3), _TIMEOUT, Field("purpose", (str,), PURPOSE_BYTES)),
+        becomes=_wish,
     ),
     MORE: Verb("more", "borrow", (Field("offset", (int,), NAMES),)),
     RETURN: Verb("return", "", (), one_way=True),

@@ -140,7 +140,7 @@ class Session:
         for _ in range(HELLO_TRIES):
             session = cls(address, pool)
             try:
-                (version,) = session.request(HELLO, VERSION)
+                (version,) = session.request(HELLO, VERSION, True)
                 if version != VERSION:
                     raise VersionMismatch(VERSION, version)
             except BrokerGone:

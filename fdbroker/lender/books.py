@@ -27,17 +27,14 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 from fdbroker.lender.ledger import (
-    NONE,
     Ledger,
     Slots,
 )
 from fdbroker.lender.parts import (
-    EXCLUSIVE,
     FOREVER,
     IDLE,
     LENT,
     LIVE,
-    READONLY,
     RETIRING,
     WAITING,
     Entry,
@@ -91,25 +88,6 @@ class Books:
         session.state = state
         self.ledger.commit_session(session.slot, session.seq, state)
 
-    def _write_loan(self, session: Session, loan: Loan) -> None:
-        purpose = loan.purpose.encode()
-        self.ledger.write_session(
-            session.slot,
-            (
-                loan.seq,
-                loan.arrival,
-                session.asked,
-                loan.since,
-                session.deadline,
-                loan.entries[0].slot,
-                loan.cells[0] if loan.cells else NONE,
-                len(loan.entries),
-                EXCLUSIVE * loan.exclusive | READONLY * loan.readonly,
-                len(purpose),
-                purpose,
-            ),
-        )
-
     def _ask(self, session: Session, seq: int, now: int, timeout: int | None) -> None:
         """Note since when, by which request and until when the session waits."""
         session.asked, session.asked_seq = now, seq
@@ -133,31 +111,27 @@ class Books:
     def slots_taken(self, sessions: Slots, entries: Slots, cells: Slots) -> None:
         self._session_slots, self._entry_slots, self._cells = sessions, entries, cells
 
-    def hold(self, session: Session) -> None:
-        loan = session.loan
-        assert loan is not None
+    def _lend(self, session: Session, loan: Loan) -> None:
+        session.state = LENT
+        self.ledger.commit_session(session.slot, session.seq, LENT)
+        self.hold(session, loan)
+
+    def hold(self, session: Session, loan: Loan) -> None:
         self.loans += 1
+        slot, exclusive = session.slot, loan.wish.exclusive
         for entry in loan.entries:
             entry.fd.incref()
-            entry.holders[session.slot] = session
-            entry.held_exclusively = loan.exclusive
+            entry.holders[slot] = session
+            entry.held_exclusively = exclusive
 
-    def _end_loan(self, session: Session, now: int) -> None:
-        loan = session.loan
-        assert loan is not None
-        self._commit(session, IDLE)
-        session.loan = None
-        self.loans -= 1
-        for cell in loan.cells:
-            self._cells.give(cell)
+    def _end_concerns(self, loan: Loan, now: int) -> None:
+        """The loan has ended: close what it was the last one of, serve those who wait."""
+        exclusive = loan.wish.exclusive
+        for entry in dict.fromkeys(loan.entries):
+            if entry.state == RETIRING and not entry.holders:
+                self.closings.append(entry)
         for entry in loan.entries:
-            entry.fd.decref()
-            if entry.holders.pop(session.slot, None) is not None:
-                entry.held_exclusively = False
-                if entry.state == RETIRING and not entry.holders:
-                    self.closings.append(entry)
-        for entry in loan.entries:
-            if entry.line and (loan.exclusive or entry.turns):
+            if entry.line and (exclusive or entry.turns):
                 self.serve_line(entry, now)
 
     def stand_in_line(self, session: Session) -> None:
@@ -167,7 +141,7 @@ class Books:
         for entry in loan.entries:
             if session.slot not in entry.line:
                 entry.line[session.slot] = session
-                if loan.exclusive:
+                if loan.wish.exclusive:
                     entry.turns[session.slot] = session
 
     def _step_out(self, session: Session, loan: Loan) -> None:
@@ -184,10 +158,9 @@ class Books:
         self._commit(session, IDLE)
         session.loan = None
         self._step_out(session, loan)
-        for cell in loan.cells:
-            self._cells.give(cell)
+        self._cells.give_many(loan.cells)
         for entry in loan.entries:
-            if entry.line and (loan.exclusive or entry.turns):
+            if entry.line and (loan.wish.exclusive or entry.turns):
                 self.serve_line(entry, now)
 
     def serve_line(self, entry: Entry, now: int) -> None:
@@ -199,7 +172,7 @@ class Books:
         for session in entry.line.values():
             loan = session.loan
             assert loan is not None
-            if loan.exclusive:
+            if loan.wish.exclusive:
                 if not ready and not passed_over and self._grantable(loan):
                     ready.append(session)
                 break
@@ -213,8 +186,7 @@ class Books:
             self._step_out(session, loan)
             loan.since = now
             self.ledger.write_since(session.slot, now)
-            self._commit(session, LENT)
-            self.hold(session)
+            self._lend(session, loan)
             self.decisions.append((session, loan.seq, None))
 
     def _grantable(self, loan: Loan) -> bool:
@@ -226,25 +198,28 @@ class Books:
     @staticmethod
     def _is_held(entry: Entry, loan: Loan) -> bool:
         """Whether a holder of `entry` conflicts with `loan`."""
-        return bool(entry.holders) if loan.exclusive else entry.held_exclusively
+        return bool(entry.holders) if loan.wish.exclusive else entry.held_exclusively
 
     @staticmethod
     def _is_behind(entry: Entry, loan: Loan) -> bool:
         """Whether somebody in the line of `entry` conflicts with `loan` and came earlier."""
-        line = entry.line if loan.exclusive else entry.turns
+        line = entry.line if loan.wish.exclusive else entry.turns
         if not line:
             return False
         first = next(iter(line.values())).loan
         assert first is not None
         return first.arrival < loan.arrival or not loan.arrival
 
-    @staticmethod
-    def _refuse_own_wait(session: Session, entry: Entry) -> None:
+    def _refuse_wait(self, session: Session, loan: Loan, now: int) -> None:
+        """Raise if `session` must not wait for `loan`: its process has it itself, or no time."""
         pid = session.peer.pid
-        if entry.held_exclusively and pid:
-            holder = next(iter(entry.holders.values()))
-            if holder.peer.pid == pid:
-                raise WouldDeadlock(entry.name, pid)
+        for entry in loan.entries:
+            if entry.held_exclusively and pid:
+                (holder,) = entry.holders.values()
+                if holder.peer.pid == pid:
+                    raise WouldDeadlock(entry.name, pid)
+        if loan.wish.timeout == 0:
+            raise self._timed_out(loan, 0, now)
 
     def _timed_out(self, loan: Loan, seconds: float, now: int) -> BorrowTimeout:
         """The error that names who has what `loan` waits for."""
@@ -256,7 +231,7 @@ class Books:
             for slot, holder in islice(entry.holders.items(), HOLDERS_NAMED):
                 assert holder.loan is not None
                 peer, seconds_held = holder.peer, (now - holder.loan.since) / SECOND
-                holders[slot] = peer.pid, peer.uid, seconds_held, holder.loan.exclusive
+                holders[slot] = peer.pid, peer.uid, seconds_held, holder.loan.wish.exclusive
         return BorrowTimeout(busy[0].name, seconds, list(holders.values())[:HOLDERS_NAMED])
 
     def _time_out(self, session: Session, now: int) -> None:

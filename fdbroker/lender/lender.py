@@ -25,8 +25,8 @@ from fdbroker.lender.ledger import (
     NEXT_ARRIVAL,
     NEXT_GENERATION,
     NEXT_SESSION,
+    NONE,
     EntryRecord,
-    SessionRecord,
 )
 from fdbroker.lender.names import check_name
 from fdbroker.lender.parts import (
@@ -37,16 +37,16 @@ from fdbroker.lender.parts import (
     LENT,
     LIVE,
     NAMELESS,
+    RETIRING,
     WAITING,
     Entry,
     Loan,
     Peer,
     Session,
+    Wish,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fdbroker.rc import FD
 
 
@@ -73,7 +73,7 @@ class Lender(Books):
         if session.state == WAITING:
             self._leave_line(session, now)
         elif session.state == LENT:
-            self._end_loan(session, now)
+            self.give_back(session, session.seq, now)
         elif session.state == CLOSING:
             self._leave_watch(session)
         for entry in list(session.owned.values()):
@@ -88,66 +88,73 @@ class Lender(Books):
 
     # --- borrowing ---
 
-    def borrow(
-        self,
-        session: Session,
-        seq: int,
-        names: Sequence[str | bytes],
-        now: int,
-        *,
-        exclusive: bool = False,
-        readonly: bool = False,
-        timeout: int | None = None,
-        purpose: str = "",
-    ) -> bool:
-        """Grant a loan of all `names` (a ticket is bytes): True; or put it in the line: False.
+    def borrow(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
+        """Grant a loan of all that is wished for: True; or put it in the line: False.
 
-        `timeout` is in nanoseconds from `now`, `purpose` at most 128 bytes.  Raises
-        `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout` where
-        the timeout is 0.
+        Raises `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout`
+        where the timeout is 0.
         """
-        entries = []
-        for name in names:
-            entry = self.names.get(name) if type(name) is str else None
-            entries.append(entry or self.find(name))
-        loan = Loan(seq, entries, exclusive, readonly, purpose)
-        granted = True
-        for entry in entries:
+        names, exclusive, entries, granted = self.names, wish.exclusive, [], True
+        for name in wish.names:
+            entry = names.get(name) or self.find(name)  # type: ignore[arg-type]
+            entries.append(entry)
             if entry.turns or (
                 (entry.holders or entry.line) if exclusive else entry.held_exclusively
             ):
                 granted = False
-                self._refuse_own_wait(session, entry)
-        if not granted and timeout == 0:
-            raise self._timed_out(loan, 0, now)
+        loan = Loan(seq, entries, wish, now if granted else 0)
+        if not granted:
+            self._refuse_wait(session, loan, now)
         if len(entries) > 1:
             loan.cells = self._cells.take_many(len(entries) - 1)
             self.ledger.write_cells(loan.cells, [entry.slot for entry in entries[1:]])
         session.seq = seq
         session.loan = loan
+        cells, count = loan.cells, len(entries)
+        self.ledger.write_loan(
+            session.slot,
+            seq,
+            loan.since,
+            entries[0].slot,
+            cells[0] if count > 1 else NONE,
+            count,
+            wish.flags,
+            wish.purpose_bytes,
+        )
         if granted:
-            loan.since = now
-            self._write_loan(session, loan)
-            self._commit(session, LENT)
-            self.hold(session)
+            self._lend(session, loan)
             return True
         loan.arrival = self.ledger.count(NEXT_ARRIVAL)
-        self._ask(session, seq, now, timeout)
-        self._write_loan(session, loan)
+        self._ask(session, seq, now, wish.timeout)
+        self.ledger.write_wait(session.slot, loan.arrival, now, session.deadline)
         self._commit(session, WAITING)
         self.stand_in_line(session)
         return False
 
     def give_back(self, session: Session, seq: int, now: int) -> None:
-        """A RETURN: the loan ends.  `ProtocolError` if there is none."""
+        """A RETURN, or whatever else ends a loan.  `ProtocolError` if there is none."""
         if session.state != LENT:
             raise ProtocolError("client", "a return without a loan")
-        session.seq = seq
-        self._end_loan(session, now)
+        loan, slot = session.loan, session.slot
+        assert loan is not None
+        session.seq, session.state, session.loan = seq, IDLE, None
+        self.ledger.commit_session(slot, seq, IDLE)
+        self.loans -= 1
+        others_concerned = False
+        for entry in loan.entries:
+            entry.fd.decref()
+            entry.held_exclusively = False
+            entry.holders.pop(slot, None)  # it is not there again where two names are alike
+            if entry.line or entry.state == RETIRING:
+                others_concerned = True
+        if loan.cells:
+            self._cells.give_many(loan.cells)
+        if others_concerned:
+            self._end_concerns(loan, now)
 
     def take_back(self, session: Session, now: int) -> None:
         """The loan ends because its descriptors could not be sent."""
-        self._end_loan(session, now)
+        self.give_back(session, session.seq, now)
 
     def cancel(self, session: Session, seq: int, now: int) -> None:
         """A CANCEL: the wait ends as if its deadline had come.
@@ -242,8 +249,8 @@ class Lender(Books):
             raise WouldDeadlock(entry.name, pid)
         session.seq = seq
         self._ask(session, seq, now, timeout)
-        record = SessionRecord(seq, 0, now, 0, session.deadline, entry.slot)
-        self.ledger.write_session(session.slot, record)
+        self.ledger.write_loan(session.slot, seq, 0, entry.slot, NONE, 0, 0, b"")
+        self.ledger.write_wait(session.slot, 0, now, session.deadline)
         self._commit(session, CLOSING)
         self.watch(session, entry)
         self.start_retiring(entry, now)

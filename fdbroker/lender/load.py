@@ -38,6 +38,7 @@ from fdbroker.lender.parts import (
     Loan,
     Peer,
     Session,
+    Wish,
 )
 
 if TYPE_CHECKING:
@@ -104,22 +105,26 @@ def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -
         session.awaited = entries[record.entry]
     if state in (WAITING, LENT):
         cells, others = ledger.read_cells(record.cell, record.members - 1)
-        session.loan = Loan(
-            record.borrow_seq,
-            [entries[number] for number in (record.entry, *others)],
+        members = [entries[number] for number in (record.entry, *others)]
+        wish = Wish(
+            tuple(entry.name or entry.ticket for entry in members),
             bool(record.flags & EXCLUSIVE),
             bool(record.flags & READONLY),
+            None,  # the deadline says it
             record.purpose.decode(),
         )
+        session.loan = Loan(record.borrow_seq, members, wish, record.since)
         session.loan.cells = cells
-        session.loan.arrival, session.loan.since = record.arrival, record.since
+        if state == WAITING:
+            session.loan.arrival = record.arrival
     return session
 
 
 def _enter_session(lender: Lender, session: Session) -> None:
     lender.sessions[session.slot] = session
     if session.state == LENT:
-        lender.hold(session)
+        assert session.loan is not None
+        lender.hold(session, session.loan)
     if session.awaited is not None:
         lender.watch(session, session.awaited)
     if session.deadline != FOREVER:

@@ -22,6 +22,7 @@ EXCLUSIVE, READONLY = 1, 2  # a loan's flags in the ledger
 EPHEMERAL, NAMELESS = 1, 2  # an entry's flags in the ledger
 
 FOREVER = 0  # a deadline that never comes
+NO_CELLS: list[int] = []  # of all loans of one entry
 
 
 class Peer(NamedTuple):
@@ -86,31 +87,44 @@ class Entry:
         return f"<Entry {self.name or self.ticket.hex()!r} generation {self.generation}>"
 
 
+class Wish:
+    """What a borrow asks for.  Never changed, so one serves all requests that are alike.
+
+    `names` may have tickets among them (bytes); `timeout` is in nanoseconds, None waits for ever;
+    `purpose` has at most 128 bytes.
+    """
+
+    __slots__ = ("exclusive", "flags", "names", "purpose", "purpose_bytes", "readonly", "timeout")
+
+    def __init__(
+        self,
+        names: tuple[str | bytes, ...],
+        exclusive: bool = False,
+        readonly: bool = False,
+        timeout: int | None = None,
+        purpose: str = "",
+    ) -> None:
+        self.names = names
+        self.exclusive = exclusive
+        self.readonly = readonly
+        self.timeout = timeout
+        self.purpose = purpose
+        self.purpose_bytes = purpose.encode()  # as in the ledger, and so are ...
+        self.flags = EXCLUSIVE * exclusive | READONLY * readonly
+
+
 class Loan:
     """What one borrow call got, or waits for: one entry, or several at once."""
 
-    __slots__ = (
-        "arrival",
-        "cells",
-        "entries",
-        "exclusive",
-        "purpose",
-        "readonly",
-        "seq",
-        "since",
-    )
+    __slots__ = ("arrival", "cells", "entries", "seq", "since", "wish")
 
-    def __init__(
-        self, seq: int, entries: list[Entry], exclusive: bool, readonly: bool, purpose: str
-    ) -> None:
+    def __init__(self, seq: int, entries: list[Entry], wish: Wish, since: int) -> None:
         self.seq = seq  # of the borrow request; with the session's id it names the loan
         self.entries = entries
-        self.exclusive = exclusive
-        self.readonly = readonly
-        self.purpose = purpose
+        self.wish = wish
+        self.since = since  # when it was granted; 0 while it waits
         self.arrival = 0  # its place among all that wait
-        self.since = 0  # when it was granted
-        self.cells: list[int] = []
+        self.cells: list[int] = NO_CELLS
 
 
 class Session:

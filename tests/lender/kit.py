@@ -7,7 +7,7 @@ import os
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.load import load
-from fdbroker.lender.parts import CLOSING, IDLE, LENT, LIVE, WAITING, Entry, Peer, Session
+from fdbroker.lender.parts import CLOSING, IDLE, LENT, LIVE, WAITING, Entry, Peer, Session, Wish
 from fdbroker.rc import FD
 
 SECOND = 1_000_000_000
@@ -165,9 +165,9 @@ def view_session(session) -> dict:
         seen["loan"] = (
             loan.seq,
             [entry.slot for entry in loan.entries],
-            loan.exclusive,
-            loan.readonly,
-            loan.purpose,
+            loan.wish.exclusive,
+            loan.wish.readonly,
+            loan.wish.purpose,
             loan.cells,
         )
     if session.state == LENT:
@@ -181,7 +181,7 @@ def view_session(session) -> dict:
 
 
 def view_entry(entry) -> dict:
-    turns = [session.slot for session in entry.line.values() if session.loan.exclusive]
+    turns = [session.slot for session in entry.line.values() if session.loan.wish.exclusive]
     assert list(entry.turns) == turns
     live = entry.state == LIVE
     assert not live or entry.ephemeral == (entry.owner is not None)
@@ -227,7 +227,7 @@ class Rig:
             raise
 
     def borrow(self, who: Session, *names: str | bytes, **how) -> bool:
-        return self.lender.borrow(who, who.seq + 1, list(names), self.now, **how)
+        return self.lender.borrow(who, who.seq + 1, Wish(names, **how), self.now)
 
     def give_back(self, who: Session) -> None:
         self.lender.give_back(who, who.seq + 1, self.now)

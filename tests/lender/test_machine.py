@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from fdbroker.errors import FDBrokerError
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import Peer
+from fdbroker.lender.parts import Peer, Wish
 
 from .kit import (
     ROOM,
@@ -259,20 +259,11 @@ class Machine(RuleBasedStateMachine):
         session = self.pick_session(pick)
         if session is None:
             return
-        now = self.now
+        now, wish = self.now, Wish(tuple(names), exclusive, readonly, timeout, purpose)
         self.request(
             "borrow",
             session,
-            lambda lender, whose, seq: lender.borrow(
-                whose,
-                seq,
-                names,
-                now,
-                exclusive=exclusive,
-                readonly=readonly,
-                timeout=timeout,
-                purpose=purpose,
-            ),
+            lambda lender, whose, seq: lender.borrow(whose, seq, wish, now),
             lambda model, whose, seq: model.borrow(
                 whose, seq, names, now, exclusive, readonly, timeout, purpose
             ),
@@ -455,7 +446,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def exclusive_is_alone(self) -> None:
         for entry in self.lender.entries.values():
-            if any(session.loan.exclusive for session in entry.holders.values()):
+            if any(session.loan.wish.exclusive for session in entry.holders.values()):
                 assert len(entry.holders) == 1
 
     def teardown(self) -> None:
