@@ -47,6 +47,7 @@ EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
 REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
+HEAD_BYTES, unpack_head = HEAD.size, HEAD.unpack_from
 UINT64 = 0xCF  # msgpack's
 SECOND = 1_000_000_000  # the ledger counts nanoseconds
 KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
@@ -202,27 +203,23 @@ def _decode(data: bytes, side: str) -> list[Any]:
     return message
 
 
-_known: dict[bytes, tuple[int, Any]] = {}  # requests without their seq: verb, fields
+KNOWN: dict[bytes, tuple[int, Any]] = {}
+"""Requests that were decoded before, by their bytes without the seq: (verb, fields)."""
 
 
 def decode_request(data: bytes) -> tuple[int, int, Any]:
     """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
 
     The fields are a tuple, or what the verb makes of them (`Verb.becomes`); nobody may change
-    them, since the next such request is given the same ones.
+    them, since the next such request is given the same ones: it is in `KNOWN` from now on.
     """
-    if len(data) >= HEAD.size:
-        head, seq = HEAD.unpack_from(data)
-        known = _known.get(head + data[HEAD.size :])
-        if known is not None and seq < SEQ:
-            return known[0], seq, known[1]
     message = _decode(data, "client")
     code, seq = message[0], message[1]
     fields = _check(code, message[2:])
     if data[1:3] == bytes((code, UINT64)) and len(data) <= KNOWN_BYTES:
-        if len(_known) >= KNOWN_REQUESTS:
-            _known.clear()
-        _known[data[:3] + data[HEAD.size :]] = code, fields
+        if len(KNOWN) >= KNOWN_REQUESTS:
+            KNOWN.clear()
+        KNOWN[data[:3] + data[HEAD_BYTES:]] = code, fields
     return code, seq, fields
 
 

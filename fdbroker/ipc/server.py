@@ -26,6 +26,8 @@ from fdbroker.errors import (
     NotPermitted,
     ProtocolError,
     TooManyInFlight,
+    UnknownEntry,
+    UnknownTicket,
     VersionMismatch,
 )
 from fdbroker.ipc import unix
@@ -43,7 +45,9 @@ from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
 from fdbroker.ipc.messages import (
     CANCEL,
     DESCRIPTORS,
+    HEAD_BYTES,
     HELLO,
+    KNOWN,
     RETURN,
     VERBS,
     VERSION,
@@ -51,6 +55,7 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
     encode_grant,
+    unpack_head,
 )
 from fdbroker.ipc.session import descriptors_in_use
 from fdbroker.ipc.verbs import HANDLERS
@@ -120,7 +125,7 @@ class Server:
                     self._attend(number)
                 elif connection.state == UNREAD:
                     self._send_unsent(connection, event)
-                elif self._receive(connection) == RETURN and not lender.decisions:
+                elif self._receive(connection) and not lender.decisions:
                     # a busy client's next request is there already: to find it so costs less
                     # than to ask epoll again
                     self._receive(connection)
@@ -236,47 +241,64 @@ class Server:
             self._accepting = True
             self.watch(self.listener.sock.fileno(), self._accept)
 
-    def _receive(self, connection: Connection) -> int | None:
-        """Take one message of one session and act upon it: its verb, if all is well."""
+    def _receive(self, connection: Connection) -> bool:
+        """Take one message of one session and act upon it; whether it was a RETURN.
+
+        A request that was seen before, and comes in turn, needs neither decoding nor checks.
+        """
         try:
             data = connection.receive()
         except BlockingIOError:
-            return None
+            return False
         except OSError:  # ECONNRESET: it died with our messages unread
             data = b""
         try:
-            if not data:
-                self.end(connection)
-                return None
-            verb, seq, fields = decode_request(data)
-            if connection.inbox is not None and not VERBS[verb].takes_descriptor:
-                raise ProtocolError("client", "it sent descriptors that nobody asked for")
-            if connection.state != READY or seq != connection.session.seq + 1:
-                self._receive_out_of_turn(connection, verb, seq, fields)
-                return None
-            reply = HANDLERS[verb](self, connection, seq, fields)
-            if reply is not None:
-                self.reply(connection, reply)
-            return verb
+            if len(data) >= HEAD_BYTES:
+                head, seq = unpack_head(data)
+                known = KNOWN.get(head + data[HEAD_BYTES:])
+                if (
+                    known is not None
+                    and connection.state == READY
+                    and connection.inbox is None
+                    and seq == connection.session.seq + 1
+                ):
+                    verb, fields = known
+                    reply = HANDLERS[verb](self, connection, seq, fields)
+                    if reply is not None:
+                        self.reply(connection, reply)
+                    return verb == RETURN
+            self._receive_unusual(connection, data)
         except ProtocolError as error:
             self._fault(connection, error)
         except FDBrokerError as error:
-            self.lender.advance(connection.session, seq)
-            self.reply(connection, encode_error(seq, error))
+            self._refuse(connection, error)
         except Exception:
             self._blame_us(connection)
+        return False
+
+    def _receive_unusual(self, connection: Connection, data: bytes) -> None:
+        """The same for what was not said before, comes with descriptors, or out of turn."""
+        try:
+            if not data:
+                self.end(connection)
+                return
+            verb, seq, fields = decode_request(data)
+            if connection.inbox is not None and not VERBS[verb].takes_descriptor:
+                raise ProtocolError("client", "it sent descriptors that nobody asked for")
+            if connection.state == GREETING:
+                self._greet(connection, verb, seq, fields)
+            elif connection.state == READY and seq == connection.session.seq + 1:
+                reply = HANDLERS[verb](self, connection, seq, fields)
+                if reply is not None:
+                    self.reply(connection, reply)
+            else:
+                self._receive_out_of_turn(connection, verb, seq)
         finally:
             if connection.inbox is not None:
                 self._drop_inbox(connection)
-        return None
 
-    def _receive_out_of_turn(
-        self, connection: Connection, verb: int, seq: int, fields: tuple[int, bool]
-    ) -> None:
+    def _receive_out_of_turn(self, connection: Connection, verb: int, seq: int) -> None:
         """An old message is ignored, the last borrow is answered again, a gap is a fault."""
-        if connection.state == GREETING:
-            self._greet(connection, verb, seq, fields)
-            return
         session = connection.session
         if seq > session.seq + 1:
             raise ProtocolError("client", f"after seq {session.seq} came {seq}")
@@ -286,15 +308,20 @@ class Server:
             if connection.job is not None:
                 connection.job.cancel()
             self.lender.advance(session, seq)
-            return
-        loan = session.loan
-        if (
+        elif (
             connection.state == READY
             and session.state == LENT
-            and loan is not None
-            and seq == session.seq == loan.seq
+            and seq == session.seq == session.borrow_seq
         ):
             self.hand_over(connection, seq, 0)
+
+    def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
+        """Its request cannot be granted: the answer says why."""
+        session = connection.session
+        self.lender.advance(session, session.seq + 1)
+        if self.draining and isinstance(error, UnknownEntry | UnknownTicket):
+            error = BrokerClosing()  # it has retired because of that
+        self.reply(connection, encode_error(session.seq, error))
 
     def _drop_inbox(self, connection: Connection) -> None:
         """Close what came with a message and was not taken out by its handler."""
@@ -387,25 +414,24 @@ class Server:
 
         Those of a read-only loan are opened for it first (`fresh`), and closed afterwards.
         """
-        loan = connection.session.loan
-        assert loan is not None
-        if fresh is None and loan.wish.readonly:
-            part = loan.entries[offset : offset + DESCRIPTORS]
-            sysfds = [entry.sysfd for entry in part]
+        session = connection.session
+        entries, wish = session.entries, session.wish
+        assert wish is not None
+        if fresh is None and wish.readonly:
+            sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
             self.start_job(connection, Reopen(connection, seq, offset, sysfds))
             return
         if not unix.all_read(connection.number):
             connection.state, connection.unsent = UNREAD, Unsent(seq, offset, fresh)
             self._epoll.modify(connection.number, EMPTIED)
             return
-        entries = loan.entries
         total = count = len(entries)
         if total == 1 and fresh is None:
             rights = entries[0].ancillary
         else:
             fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
             count, rights = len(fds), unix.rights(fds)
-        data = encode_grant(seq, total, count, loan.since)
+        data = encode_grant(seq, total, count, session.since)
         try:
             connection.sock.sendmsg((data,), rights, unix.SEND_NOW)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):

@@ -70,12 +70,7 @@ def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 
 def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
     """Grant it now, or let the session wait for its turn."""
-    session = at.session
-    if session.state != IDLE:
-        _require(at, IDLE)
-    if server.draining:
-        raise BrokerClosing()
-    if server.lender.borrow(session, seq, wish, server.now):
+    if server.lender.borrow(at.session, seq, wish, server.now):
         server.hand_over(at, seq, 0)
     return None
 
@@ -84,8 +79,7 @@ def more(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """The next descriptors of a loan of many."""
     (offset,) = fields
     _require(at, LENT)
-    assert at.session.loan is not None
-    if offset >= len(at.session.loan.entries):
+    if offset >= len(at.session.entries):
         raise ProtocolError("client", "there are no more descriptors")
     server.lender.advance(at.session, seq)
     server.hand_over(at, seq, offset)
@@ -166,20 +160,20 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     server.lender.advance(at.session, seq)
     found: list[tuple[int, int, LoanRow]] = []
     for holder in server.lender.sessions_from(cursor):
-        loan = holder.loan
-        if loan is None or holder.state != LENT:
+        wish = holder.wish
+        if wish is None or holder.state != LENT:
             continue
         start = index if holder.slot == cursor else 0
-        for place, entry in enumerate(loan.entries[start:], start):
+        for place, entry in enumerate(holder.entries[start:], start):
             if not name or entry.name == name:
                 row = LoanRow(
                     entry.name,
-                    f"{holder.id}.{loan.seq}",
+                    f"{holder.id}.{holder.borrow_seq}",
                     holder.peer.pid,
                     holder.peer.uid,
-                    loan.since,
-                    loan.wish.exclusive,
-                    loan.wish.purpose,
+                    holder.since,
+                    wish.exclusive,
+                    wish.purpose,
                 )
                 found.append((holder.slot, place, row))
         if len(found) > PAGE_ROWS:

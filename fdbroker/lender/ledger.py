@@ -23,9 +23,12 @@ from __future__ import annotations
 
 import struct
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.errors import BrokerFull
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAGIC = 0x31_72_65_67_64_65_6C_66  # "fledger1", the layout below; another layout, another number
 HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
@@ -90,6 +93,7 @@ class Ledger:
         "_sessions_at",
         "buffer",
         "cells",
+        "commits",
         "entries",
         "sessions",
         "words",
@@ -121,6 +125,10 @@ class Ledger:
         if len(self.buffer) < self.size(self.sessions, self.entries, self.cells):
             raise ValueError("the buffer is only the beginning of a ledger")
         self._sessions_at = HEADER_WORDS
+        end = HEADER_WORDS + self.sessions * SESSION_WORDS
+        self.commits = self.words[HEADER_WORDS:end:SESSION_WORDS]
+        """The commit word of each session, by slot: ``seq << STATE_BITS | state``.  To write it
+        makes the record true; everything rests on that."""
         self._entries_at = self._sessions_at + self.sessions * SESSION_WORDS
         self._cells_at = self._entries_at + self.entries * ENTRY_WORDS
 
@@ -152,7 +160,7 @@ class Ledger:
         flags: int,
         purpose: bytes,
     ) -> None:
-        """Write what a session has, or waits for; it means nothing until `commit_session`."""
+        """Write what a session has, or waits for; it means nothing until the commit."""
         at = (self._sessions_at + slot * SESSION_WORDS) * 8
         LOAN.pack_into(
             self.buffer, at + LOAN_AT, seq, since, entry, cell, members, flags, len(purpose)
@@ -170,10 +178,6 @@ class Ledger:
         """Write the time of a grant, meaningless as long as the session waits."""
         self.words[self._sessions_at + slot * SESSION_WORDS + SINCE_WORD] = since
 
-    def commit_session(self, slot: int, seq: int, state: int) -> None:
-        """Make the session's record true: the one word that everything rests on."""
-        self.words[self._sessions_at + slot * SESSION_WORDS] = seq << STATE_BITS | state
-
     def read_session(self, slot: int) -> tuple[int, int, int, SessionRecord]:
         """(seq, state, id, fields) of a session's record."""
         at = self._sessions_at + slot * SESSION_WORDS
@@ -187,8 +191,7 @@ class Ledger:
 
     def session_states(self) -> list[int]:
         """The state of every session slot, free ones included."""
-        words = self.words[self._sessions_at : self._entries_at : SESSION_WORDS]
-        return [word & STATE_MASK for word in words]
+        return [word & STATE_MASK for word in self.commits]
 
     # --- entries ---
 
@@ -215,7 +218,7 @@ class Ledger:
 
     # --- cells ---
 
-    def write_cells(self, cells: list[int], entries: list[int]) -> None:
+    def write_cells(self, cells: Sequence[int], entries: Sequence[int]) -> None:
         """Chain `cells` to hold `entries`, in order; the session's record then names the first."""
         words, start = self.words, self._cells_at
         following = NONE
@@ -264,7 +267,7 @@ class Slots:
             raise BrokerFull(self._what, self._limit)
         return [self.take() for _ in range(count)]
 
-    def give_many(self, slots: list[int]) -> None:
+    def give_many(self, slots: Sequence[int]) -> None:
         """Take slots back."""
         for slot in slots:
             heappush(self._returned, slot)

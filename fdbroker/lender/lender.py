@@ -26,6 +26,7 @@ from fdbroker.lender.ledger import (
     NEXT_GENERATION,
     NEXT_SESSION,
     NONE,
+    STATE_BITS,
     EntryRecord,
 )
 from fdbroker.lender.names import check_name
@@ -40,7 +41,6 @@ from fdbroker.lender.parts import (
     RETIRING,
     WAITING,
     Entry,
-    Loan,
     Peer,
     Session,
     Wish,
@@ -81,7 +81,7 @@ class Lender(Books):
 
     def forget(self, session: Session) -> None:
         """Free the slot of a cleared session."""
-        self.ledger.commit_session(session.slot, 0, FREE)
+        self.ledger.commits[session.slot] = FREE
         del self.sessions[session.slot]
         session.state = FREE
         self._session_slots.give(session.slot)
@@ -94,63 +94,60 @@ class Lender(Books):
         Raises `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout`
         where the timeout is 0.
         """
-        names, exclusive, entries, granted = self.names, wish.exclusive, [], True
+        if session.state != IDLE:
+            raise self._out_of_turn(session, "a session carries one loan, or one wait")
+        exclusive, entries, granted = wish.exclusive, [], True
         for name in wish.names:
-            entry = names.get(name) or self.find(name)  # type: ignore[arg-type]
+            entry = self.names.get(name) or self.find(name)  # type: ignore[arg-type]
             entries.append(entry)
             if entry.turns or (
                 (entry.holders or entry.line) if exclusive else entry.held_exclusively
             ):
                 granted = False
-        loan = Loan(seq, entries, wish, now if granted else 0)
         if not granted:
-            self._refuse_wait(session, loan, now)
-        if len(entries) > 1:
-            loan.cells = self._cells.take_many(len(entries) - 1)
-            self.ledger.write_cells(loan.cells, [entry.slot for entry in entries[1:]])
-        session.seq = seq
-        session.loan = loan
-        cells, count = loan.cells, len(entries)
+            self._refuse_wait(session, wish, entries, now)
+        count, first, slot = len(entries), NONE, session.slot
+        if count > 1:
+            session.cells = self._cells.take_many(count - 1)
+            first = session.cells[0]
+            self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
+        session.wish, session.entries = wish, entries
+        session.seq = session.borrow_seq = seq
+        session.since = now  # it is written at the grant anew
         self.ledger.write_loan(
-            session.slot,
-            seq,
-            loan.since,
-            entries[0].slot,
-            cells[0] if count > 1 else NONE,
-            count,
-            wish.flags,
-            wish.purpose_bytes,
+            slot, seq, now, entries[0].slot, first, count, wish.flags, wish.purpose_bytes
         )
         if granted:
-            self._lend(session, loan)
+            session.state = LENT
+            self.ledger.commits[slot] = seq << STATE_BITS | LENT
+            self.hold(session)
             return True
-        loan.arrival = self.ledger.count(NEXT_ARRIVAL)
+        session.arrival = self.ledger.count(NEXT_ARRIVAL)
         self._ask(session, seq, now, wish.timeout)
-        self.ledger.write_wait(session.slot, loan.arrival, now, session.deadline)
+        self.ledger.write_wait(slot, session.arrival, now, session.deadline)
         self._commit(session, WAITING)
         self.stand_in_line(session)
         return False
 
     def give_back(self, session: Session, seq: int, now: int) -> None:
         """A RETURN, or whatever else ends a loan.  `ProtocolError` if there is none."""
-        if session.state != LENT:
-            raise ProtocolError("client", "a return without a loan")
-        loan, slot = session.loan, session.slot
-        assert loan is not None
-        session.seq, session.state, session.loan = seq, IDLE, None
-        self.ledger.commit_session(slot, seq, IDLE)
-        self.loans -= 1
+        wish, entries, slot = session.wish, session.entries, session.slot
+        if session.state != LENT or wish is None:
+            raise self._out_of_turn(session, "a return without a loan")
+        session.seq, session.state, session.wish, session.entries = seq, IDLE, None, ()
+        self.ledger.commits[slot] = seq << STATE_BITS | IDLE
         others_concerned = False
-        for entry in loan.entries:
+        for entry in entries:
             entry.fd.decref()
             entry.held_exclusively = False
             entry.holders.pop(slot, None)  # it is not there again where two names are alike
             if entry.line or entry.state == RETIRING:
                 others_concerned = True
-        if loan.cells:
-            self._cells.give_many(loan.cells)
+        if session.cells:
+            self._cells.give_many(session.cells)
+            session.cells = ()
         if others_concerned:
-            self._end_concerns(loan, now)
+            self._end_concerns(wish, entries, now)
 
     def take_back(self, session: Session, now: int) -> None:
         """The loan ends because its descriptors could not be sent."""
@@ -180,6 +177,12 @@ class Lender(Books):
             if entry is None:
                 raise UnknownTicket()
         return entry
+
+    @staticmethod
+    def _out_of_turn(session: Session, reason: str) -> ProtocolError:
+        if session.state in (WAITING, CLOSING):
+            reason = "it sent a request before it had the last answer"
+        return ProtocolError("client", reason)
 
     # --- entries ---
 

@@ -35,7 +35,6 @@ from fdbroker.lender.parts import (
     RETIRING,
     WAITING,
     Entry,
-    Loan,
     Peer,
     Session,
     Wish,
@@ -63,7 +62,7 @@ def load(
         for slot, state in enumerate(ledger.session_states())
         if state != FREE
     ]
-    cells = {cell for session in sessions if session.loan for cell in session.loan.cells}
+    cells = {cell for session in sessions for cell in session.cells}
     lender.slots_taken(
         Slots(ledger.sessions, "sessions", {session.slot for session in sessions}),
         Slots(ledger.entries, "entries", set(entries)),
@@ -74,7 +73,7 @@ def load(
     retiring = _enter_entries(lender, entries, {session.id: session for session in sessions})
     for session in sorted(
         (session for session in sessions if session.state == WAITING),
-        key=attrgetter("loan.arrival"),
+        key=attrgetter("arrival"),
     ):
         lender.stand_in_line(session)
     for entry in retiring.values():
@@ -106,25 +105,23 @@ def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -
     if state in (WAITING, LENT):
         cells, others = ledger.read_cells(record.cell, record.members - 1)
         members = [entries[number] for number in (record.entry, *others)]
-        wish = Wish(
+        session.wish = Wish(
             tuple(entry.name or entry.ticket for entry in members),
             bool(record.flags & EXCLUSIVE),
             bool(record.flags & READONLY),
             None,  # the deadline says it
             record.purpose.decode(),
         )
-        session.loan = Loan(record.borrow_seq, members, wish, record.since)
-        session.loan.cells = cells
-        if state == WAITING:
-            session.loan.arrival = record.arrival
+        session.entries, session.cells = members, cells
+        session.borrow_seq, session.since = record.borrow_seq, record.since
+        session.arrival = record.arrival
     return session
 
 
 def _enter_session(lender: Lender, session: Session) -> None:
     lender.sessions[session.slot] = session
     if session.state == LENT:
-        assert session.loan is not None
-        lender.hold(session, session.loan)
+        lender.hold(session)
     if session.awaited is not None:
         lender.watch(session, session.awaited)
     if session.deadline != FOREVER:

@@ -13,6 +13,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fdbroker.rc import FD
 
 FREE, IDLE, WAITING, LENT, CLOSING = range(5)  # a session's states
@@ -22,7 +24,6 @@ EXCLUSIVE, READONLY = 1, 2  # a loan's flags in the ledger
 EPHEMERAL, NAMELESS = 1, 2  # an entry's flags in the ledger
 
 FOREVER = 0  # a deadline that never comes
-NO_CELLS: list[int] = []  # of all loans of one entry
 
 
 class Peer(NamedTuple):
@@ -113,35 +114,27 @@ class Wish:
         self.flags = EXCLUSIVE * exclusive | READONLY * readonly
 
 
-class Loan:
-    """What one borrow call got, or waits for: one entry, or several at once."""
-
-    __slots__ = ("arrival", "cells", "entries", "seq", "since", "wish")
-
-    def __init__(self, seq: int, entries: list[Entry], wish: Wish, since: int) -> None:
-        self.seq = seq  # of the borrow request; with the session's id it names the loan
-        self.entries = entries
-        self.wish = wish
-        self.since = since  # when it was granted; 0 while it waits
-        self.arrival = 0  # its place among all that wait
-        self.cells: list[int] = NO_CELLS
-
-
 class Session:
-    """One connection of a client process: at most one loan, or one wait."""
+    """One connection of a client process: at most one loan, or one wait.  Those are not objects of
+    their own: what `wish` got, or waits for, is `entries`, and the rest is beside it."""
 
     __slots__ = (
+        "arrival",
         "asked",
         "asked_seq",
         "awaited",
+        "borrow_seq",
+        "cells",
         "deadline",
+        "entries",
         "id",
-        "loan",
         "owned",
         "peer",
         "seq",
+        "since",
         "slot",
         "state",
+        "wish",
     )
 
     def __init__(self, slot: int, id: int, peer: Peer) -> None:
@@ -150,7 +143,12 @@ class Session:
         self.peer = peer
         self.seq = 0  # of the last message that was acted upon
         self.state = IDLE
-        self.loan: Loan | None = None  # while WAITING or LENT
+        self.wish: Wish | None = None  # while WAITING or LENT; then, too:
+        self.entries: Sequence[Entry] = ()  # in the order of the wish
+        self.cells: Sequence[int] = ()  # of the ledger, for all entries but the first
+        self.borrow_seq = 0  # of its request; with the session's id it names the loan
+        self.since = 0  # while LENT: when it was granted
+        self.arrival = 0  # while WAITING: its place among all that wait
         self.awaited: Entry | None = None  # while CLOSING
         self.asked = 0  # while WAITING or CLOSING: since when, ...
         self.asked_seq = 0  # ... by which request, ...

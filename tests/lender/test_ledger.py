@@ -159,7 +159,7 @@ def test_records_are_of_fixed_width():
     assert changed(before, rig.ledger.buffer) <= mine | {5}
     assert first <= {*range(entry_at(rig, 0), entry_at(rig, 1)), 5}
     loaded = rig.reload()
-    assert loaded.sessions[1].loan.wish.purpose == "ü" * 64
+    assert loaded.sessions[1].wish.purpose == "ü" * 64
     assert set(loaded.names) == {"a", "n" * 255}
     rig.check()
     rig.descriptors.abandon(rig.lender)
@@ -170,7 +170,7 @@ def test_a_shorter_purpose_does_not_show_the_end_of_a_longer_one(rig: Rig):
     rig.put("a")
     for purpose in ("a long story", "short", ""):
         rig.borrow(client, "a", purpose=purpose)
-        assert rig.reload().sessions[0].loan.wish.purpose == purpose
+        assert rig.reload().sessions[0].wish.purpose == purpose
         rig.give_back(client)
 
 
@@ -180,7 +180,7 @@ def test_records_come_back_as_they_were_written():
     ledger.write_session_id(1, 12)
     ledger.write_loan(1, *record[:6], b"why?")
     ledger.write_wait(1, *record[7:10])
-    ledger.commit_session(1, 2**53, LENT)
+    ledger.commits[1] = 2**53 << 8 | LENT
     assert ledger.read_session(1) == (2**53, LENT, 12, record)
     assert ledger.session_states() == [0, LENT]
     ledger.write_cells([5, 2, 7], [1, 0, 1])
