@@ -86,7 +86,7 @@ class Broker(Client):
                 stdout=subprocess.DEVNULL,  # whoever reads the owner's must see its end
                 pass_fds=(told, owner),
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for its owner, who then ends it
+                process_group=0,  # Ctrl-C is for its owner, who then ends it
             )
         finally:
             os.close(owner)

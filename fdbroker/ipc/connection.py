@@ -1,15 +1,36 @@
-"""The broker's end of a session: a socket, who is there, and what is still to be sent."""
+"""The broker's end of a session: a socket, who is there, and what it is doing.
+
+    GREETING -> READY       its hello was answered, it has a session
+    READY    -> WORKING     its request is with a worker            -> READY when that is back
+    READY    -> UNREAD      a message with descriptors waits until the client has read the one
+                            before it; nothing more is received     -> READY when it has
+    any      -> ENDED       hung up; while a worker has its request, the session is not cleared
+
+Only a READY one may ask for something.  (Whether its session waits for a turn, or for a close, is
+the lender's to know.)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.ipc import unix
+from fdbroker.ipc.messages import MESSAGE_BYTES
+from fdbroker.lender.parts import FREE, Peer, Session
 
 if TYPE_CHECKING:
     import socket
 
+    from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.unix import Inbox
-    from fdbroker.ipc.workers import Job
-    from fdbroker.lender.parts import Peer, Session
+
+GREETING, READY, WORKING, UNREAD, ENDED = range(5)
+
+
+NOBODY = Session(-1, 0, Peer(-1, -1, 0))  # the session of who has none yet
+NOBODY.state = FREE
 
 
 class Unsent(NamedTuple):
@@ -23,19 +44,40 @@ class Unsent(NamedTuple):
 class Connection:
     """One client connection.  It has a session once its hello was answered."""
 
-    __slots__ = ("ended", "greeted", "inbox", "job", "number", "peer", "session", "sock", "unsent")
-
-    session: Session
+    __slots__ = (
+        "inbox",
+        "job",
+        "number",
+        "peer",
+        "receive",
+        "session",
+        "sock",
+        "state",
+        "unsent",
+    )
 
     def __init__(self, sock: socket.socket, peer: Peer) -> None:
         self.sock = sock
         self.number = sock.fileno()
         self.peer = peer
-        self.greeted = False
-        self.ended = False
+        self.state = GREETING
+        self.session = NOBODY
         self.inbox: Inbox | None = None  # the descriptors of the request at hand
-        self.job: Job | None = None  # its request is with a worker
-        self.unsent: Unsent | None = None
+        self.job: Request | None = None  # while WORKING, or ENDED meanwhile
+        self.unsent: Unsent | None = None  # while UNREAD
+        self.receive: Callable[[], bytes] = self._receive_with_descriptors
+        if unix.refuse_descriptors(sock):
+            # nothing but bytes can come, and to receive no more than these takes half the time
+            self.receive = partial(sock.recv, MESSAGE_BYTES, unix.RECEIVE_NOW)
+
+    def accept_descriptors(self) -> None:
+        """From now on the client may send descriptors."""
+        unix.accept_descriptors(self.sock)
+        self.receive = self._receive_with_descriptors
+
+    def _receive_with_descriptors(self) -> bytes:
+        data, self.inbox = unix.receive_now(self.sock, MESSAGE_BYTES)
+        return data
 
     def __str__(self) -> str:
         return f"pid={self.peer.pid} uid={self.peer.uid}"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from fdbroker import descriptors
 from fdbroker.errors import BrokerClosing, FDBrokerError, UnsupportedKind
 from fdbroker.ipc import unix
-from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode
+from fdbroker.ipc.connection import ENDED
+from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode, encode_error
 from fdbroker.ipc.session import too_many_files
 from fdbroker.ipc.workers import Job
 from fdbroker.rc import FD
@@ -32,10 +33,13 @@ class Request(Job):
     connection: Connection
 
     def finish(self, server: Server) -> None:
-        self.connection.job = None
+        server.job_is_back(self.connection)
         self.answer(server)
-        if self.connection.ended:
+        if self.connection.state == ENDED:
             server.end(self.connection)
+
+    def cancel(self) -> None:
+        """The client has given up on it."""
 
     @abstractmethod
     def answer(self, server: Server) -> None:
@@ -85,10 +89,10 @@ class Put(Request):
 
     def _refuse(self, server: Server, error: FDBrokerError) -> None:
         server.lender.advance(self.connection.session, self.seq)
-        server.refuse(self.connection, self.seq, error)
+        server.reply(self.connection, encode_error(self.seq, error))
 
     def _enter(self, server: Server, fd: FD) -> Entry:
-        if server.draining or self.connection.ended:
+        if server.draining or self.connection.state == ENDED:
             raise BrokerClosing()
         return server.lender.put(
             self.connection.session,
@@ -97,7 +101,7 @@ class Put(Request):
             os.urandom(TICKET_BYTES) if self.flags & NAMELESS else b"",
             fd,
             self.kind,
-            server.now(),
+            server.now,
             replace=bool(self.flags & REPLACE),
             ephemeral=bool(self.flags & EPHEMERAL),
         )
@@ -184,8 +188,9 @@ class Reopen(Request):
                 self.error = UnsupportedKind("file", reason)
 
     def answer(self, server: Server) -> None:
+        if self.error is None and self.connection.state != ENDED:
+            server.hand_over(self.connection, self.seq, self.offset, self.fresh)
+            return
+        server.workers.submit(Discard(self.fresh))
         if self.error is not None:
-            server.workers.submit(Discard(self.fresh))
             server.take_back(self.connection, self.seq, self.error)
-        else:
-            server.send_loan(self.connection, self.seq, self.offset, self.fresh)

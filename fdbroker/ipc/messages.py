@@ -27,6 +27,7 @@ import msgpack
 
 from fdbroker import errors
 from fdbroker.errors import FDBrokerError, ProtocolError
+from fdbroker.lender.parts import Wish
 
 VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
@@ -46,7 +47,9 @@ EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
 REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
+HEAD_BYTES, unpack_head = HEAD.size, HEAD.unpack_from
 UINT64 = 0xCF  # msgpack's
+SECOND = 1_000_000_000  # the ledger counts nanoseconds
 KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 1024
 GRANT = struct.Struct(">3sQBHBHBQ")  # the reply to BORROW and MORE, in msgpack's widest forms
@@ -78,6 +81,17 @@ class Verb(NamedTuple):
     becomes: Callable[[list[Any]], Any] = tuple
 
 
+def _wish(fields: list[Any]) -> Wish:
+    names, flags, timeout, purpose = fields
+    return Wish(
+        tuple(names) if type(names) is list else (names,),
+        flags & EXCLUSIVE != 0,
+        flags & READONLY != 0,
+        None if timeout is None else int(timeout * SECOND),
+        purpose,
+    )
+
+
 HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
 
 VERBS: dict[int, Verb] = {
@@ -87,6 +101,7 @@ VERBS: dict[int, Verb] = {
         "borrow",
         "borrow",
         (_NAMES, Field("flags", (int,), 3), _TIMEOUT, Field("purpose", (str,), PURPOSE_BYTES)),
+        becomes=_wish,
     ),
     MORE: Verb("more", "borrow", (Field("offset", (int,), NAMES),)),
     RETURN: Verb("return", "", (), one_way=True),
@@ -188,27 +203,23 @@ def _decode(data: bytes, side: str) -> list[Any]:
     return message
 
 
-_known: dict[bytes, tuple[int, Any]] = {}  # requests without their seq: verb, fields
+KNOWN: dict[bytes, tuple[int, Any]] = {}
+"""Requests that were decoded before, by their bytes without the seq: (verb, fields)."""
 
 
 def decode_request(data: bytes) -> tuple[int, int, Any]:
     """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
 
     The fields are a tuple, or what the verb makes of them (`Verb.becomes`); nobody may change
-    them, since the next such request is given the same ones.
+    them, since the next such request is given the same ones: it is in `KNOWN` from now on.
     """
-    if len(data) >= HEAD.size:
-        head, seq = HEAD.unpack_from(data)
-        known = _known.get(head + data[HEAD.size :])
-        if known is not None and seq < SEQ:
-            return known[0], seq, known[1]
     message = _decode(data, "client")
     code, seq = message[0], message[1]
     fields = _check(code, message[2:])
     if data[1:3] == bytes((code, UINT64)) and len(data) <= KNOWN_BYTES:
-        if len(_known) >= KNOWN_REQUESTS:
-            _known.clear()
-        _known[data[:3] + data[HEAD.size :]] = code, fields
+        if len(KNOWN) >= KNOWN_REQUESTS:
+            KNOWN.clear()
+        KNOWN[data[:3] + data[HEAD_BYTES:]] = code, fields
     return code, seq, fields
 
 

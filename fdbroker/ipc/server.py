@@ -26,39 +26,52 @@ from fdbroker.errors import (
     NotPermitted,
     ProtocolError,
     TooManyInFlight,
+    UnknownEntry,
+    UnknownTicket,
     VersionMismatch,
 )
 from fdbroker.ipc import unix
-from fdbroker.ipc.connection import Connection, Unsent
+from fdbroker.ipc.connection import (
+    ENDED,
+    GREETING,
+    READY,
+    UNREAD,
+    WORKING,
+    Connection,
+    Unsent,
+)
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
 from fdbroker.ipc.messages import (
     CANCEL,
     DESCRIPTORS,
+    HEAD_BYTES,
     HELLO,
-    MESSAGE_BYTES,
+    KNOWN,
     RETURN,
     VERBS,
     VERSION,
     decode_request,
     encode,
     encode_error,
+    encode_grant,
+    unpack_head,
 )
 from fdbroker.ipc.session import descriptors_in_use
 from fdbroker.ipc.verbs import HANDLERS
-from fdbroker.ipc.workers import Job, Workers
-from fdbroker.lender.parts import CLOSING, LENT, WAITING, Peer
+from fdbroker.ipc.workers import Workers
+from fdbroker.lender.parts import FREE, LENT, Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fdbroker.ipc.jobs import Request
     from fdbroker.lender import Lender
 
 READABLE = int(select.EPOLLIN)
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
-EVENTS = 64  # taken from epoll at a time
-UNANSWERED = (WAITING, CLOSING)
-EMPTIED = select.EPOLLOUT | select.EPOLLET  # an edge each time the peer has read a message
+EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
+EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 SECOND = 1_000_000_000
 
 log = logging.getLogger("fdbroker")
@@ -75,22 +88,17 @@ class Server:
         self.custody = custody or Custody()
         self.workers = Workers()
         self.draining = False
+        self.now = clock_gettime_ns(CLOCK_BOOTTIME)  # when the events at hand were taken
         self._deadline: int | None = None  # of the drain
         self._uids = {0, os.geteuid()}  # who is served
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
         self._watched: dict[int, Callable[[], None]] = {}
         self._accepting = True
-        self._into: unix.Buffers = ((bytearray(MESSAGE_BYTES),),)
-        self._view = memoryview(self._into[0][0])
         self._epoll = select.epoll()
+        unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
-
-    @staticmethod
-    def now() -> int:
-        """The time of the ledger."""
-        return clock_gettime_ns(CLOCK_BOOTTIME)
 
     # --- the loop ---
 
@@ -106,34 +114,48 @@ class Server:
 
     def run(self) -> None:
         """Serve until drained."""
-        lender, connections, watched = self.lender, self._connections, self._watched
-        poll = self._epoll.poll
+        lender, connections, poll = self.lender, self._connections, self._epoll.poll
         while not self.draining or not self._finished():
             patience = self._patience() if lender.deadlines or self.draining else None
-            for number, events in poll(patience, EVENTS):
+            events = poll(patience, EVENTS)
+            self.now = clock_gettime_ns(CLOCK_BOOTTIME)
+            for number, event in events:
                 connection = connections.get(number)
-                if connection is not None:
-                    self._serve(connection, events)
-                elif number in watched:
-                    watched[number]()
+                if connection is None:
+                    self._attend(number)
+                elif connection.state == UNREAD:
+                    self._send_unsent(connection, event)
+                elif self._receive(connection) and not lender.decisions:
+                    # a busy client's next request is there already: to find it so costs less
+                    # than to ask epoll again
+                    self._receive(connection)
                 if lender.decisions or lender.closings:
                     self._settle()
             if lender.deadlines:
-                lender.expire(self.now())
+                lender.expire(self.now)
                 self._settle()
+
+    def _attend(self, number: int) -> None:
+        """Do what is to be done for a watched descriptor."""
+        action = self._watched.get(number)
+        if action is not None:  # else it ended with an event before this one
+            try:
+                action()
+            except Exception:  # a mistake of ours must not end every loan of everybody
+                log.exception("event=error action=%s", action.__name__)
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
         or after that many seconds.  None: however long it takes.  The earliest deadline holds."""
         if seconds is not None:
-            deadline = self.now() + int(seconds * SECOND)
+            deadline = self.now + int(seconds * SECOND)
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
         if self.draining:
             return
         self.draining = True
         log.info("event=drain loans=%d entries=%d", self.lender.loans, len(self.lender.entries))
         for entry in [*self.lender.names.values(), *self.lender.tickets.values()]:
-            self.lender.start_retiring(entry, self.now())
+            self.lender.start_retiring(entry, self.now)
         self._settle()
 
     def close(self) -> None:
@@ -151,7 +173,7 @@ class Server:
     def _finished(self) -> bool:
         """Whether a drain is over."""
         done = not self.lender.entries and not self.workers.pending
-        return done or (self._deadline is not None and self.now() >= self._deadline)
+        return done or (self._deadline is not None and self.now >= self._deadline)
 
     def _patience(self) -> float | None:
         """Seconds until the loop has something to do by itself."""
@@ -159,7 +181,9 @@ class Server:
         if self.lender.deadlines:
             first = self.lender.next_deadline()
             deadline = first if deadline is None else min(deadline, first or deadline)
-        return None if deadline is None else max(0.0, (deadline - self.now()) / SECOND + 0.001)
+        if deadline is None:
+            return None
+        return max(0.0, (deadline - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
 
     def _settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
@@ -169,20 +193,29 @@ class Server:
                 connection = self._by_slot.get(session.slot)
                 if connection is None or connection.session is not session:
                     continue
-                if error is None and session.state == LENT:
-                    self.hand_over(connection, seq, 0)
-                elif error is None:
-                    self.reply(connection, encode([0, seq]))
-                elif self.draining and isinstance(error, EntryRetired):
-                    self.refuse(connection, seq, BrokerClosing())
-                else:
-                    self.refuse(connection, seq, error)
+                try:
+                    self._tell(connection, seq, error)
+                except Exception:
+                    self._blame_us(connection)
             while self.lender.closings:
                 self.workers.submit(Close(self.lender.closings.popleft()))
 
+    def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
+        if error is None and connection.session.state == LENT:
+            self.hand_over(connection, seq, 0)
+        elif error is None:
+            self.reply(connection, encode([0, seq]))
+        elif self.draining and isinstance(error, EntryRetired):
+            self.reply(connection, encode_error(seq, BrokerClosing()))
+        else:
+            self.reply(connection, encode_error(seq, error))
+
     def _finish_jobs(self) -> None:
         for job in self.workers.finished():
-            job.finish(self)
+            try:
+                job.finish(self)
+            except Exception:
+                log.exception("event=error job=%s", type(job).__name__)
 
     # --- sessions ---
 
@@ -208,89 +241,100 @@ class Server:
             self._accepting = True
             self.watch(self.listener.sock.fileno(), self._accept)
 
-    def _serve(self, connection: Connection, events: int) -> None:
-        """One event of one session: receive one message, act upon it.
+    def _receive(self, connection: Connection) -> bool:
+        """Take one message of one session and act upon it; whether it was a RETURN.
 
-        After a RETURN look for one more: a busy client's next request is there already, and to
-        find it so costs less than to ask epoll again.
+        A request that was seen before, and comes in turn, needs neither decoding nor checks.
         """
-        if connection.unsent is not None and not events & GONE:
-            self._send_unsent(connection)
-        elif self._receive(connection) == RETURN and not self.lender.decisions:
-            self._receive(connection)
-
-    def _receive(self, connection: Connection) -> int | None:
-        """Take one message and act upon it: its verb, if all is well."""
         try:
-            size, inbox = unix.receive_now(connection.sock, self._into)
+            data = connection.receive()
         except BlockingIOError:
-            return None
+            return False
         except OSError:  # ECONNRESET: it died with our messages unread
-            self.end(connection)
-            return None
-        if size == 0:
-            if inbox is not None:
-                self.workers.submit(Discard(inbox.give_away()))
-            self.end(connection)
-            return None
-        connection.inbox = inbox
+            data = b""
         try:
-            verb, seq, fields = decode_request(bytes(self._view[:size]))
-            if inbox is not None and not VERBS[verb].takes_descriptor:
-                raise ProtocolError("client", "it sent descriptors that nobody asked for")
-            if connection.greeted:
-                self._handle(connection, verb, seq, fields)
-            else:
-                self._greet(connection, verb, seq, fields[0] if fields else 0)
-            return verb
+            if len(data) >= HEAD_BYTES:
+                head, seq = unpack_head(data)
+                known = KNOWN.get(head + data[HEAD_BYTES:])
+                if (
+                    known is not None
+                    and connection.state == READY
+                    and connection.inbox is None
+                    and seq == connection.session.seq + 1
+                ):
+                    verb, fields = known
+                    reply = HANDLERS[verb](self, connection, seq, fields)
+                    if reply is not None:
+                        self.reply(connection, reply)
+                    return verb == RETURN
+            self._receive_unusual(connection, data)
         except ProtocolError as error:
             self._fault(connection, error)
-        except Exception:  # a mistake of ours costs one session, not every loan of everybody
-            log.exception("event=error %s", connection)
-            self.end(connection)
-        finally:
-            if inbox is not None:
-                connection.inbox = None
-                if left := inbox.give_away():
-                    self.workers.submit(Discard(left))
-        return None
-
-    def _handle(self, connection: Connection, verb: int, seq: int, fields: list[object]) -> None:
-        session = connection.session
-        if seq != session.seq + 1:
-            self._repeat(connection, seq)
-            return
-        if connection.job is not None or session.state in UNANSWERED:
-            if verb != CANCEL:
-                raise ProtocolError("client", "it sent a request before it had the last answer")
-            if connection.job is not None:  # the answer is on its way
-                self.lender.advance(session, seq)
-                return
-        try:
-            reply = HANDLERS[verb](self, connection, seq, fields)
         except FDBrokerError as error:
-            if isinstance(error, ProtocolError):
-                raise
-            self.lender.advance(session, seq)
-            reply = encode_error(seq, error)
-        if reply is not None:
-            self.reply(connection, reply)
+            self._refuse(connection, error)
+        except Exception:
+            self._blame_us(connection)
+        return False
 
-    def _repeat(self, connection: Connection, seq: int) -> None:
+    def _receive_unusual(self, connection: Connection, data: bytes) -> None:
+        """The same for what was not said before, comes with descriptors, or out of turn."""
+        try:
+            if not data:
+                self.end(connection)
+                return
+            verb, seq, fields = decode_request(data)
+            if connection.inbox is not None and not VERBS[verb].takes_descriptor:
+                raise ProtocolError("client", "it sent descriptors that nobody asked for")
+            if connection.state == GREETING:
+                self._greet(connection, verb, seq, fields)
+            elif connection.state == READY and seq == connection.session.seq + 1:
+                reply = HANDLERS[verb](self, connection, seq, fields)
+                if reply is not None:
+                    self.reply(connection, reply)
+            else:
+                self._receive_out_of_turn(connection, verb, seq)
+        finally:
+            if connection.inbox is not None:
+                self._drop_inbox(connection)
+
+    def _receive_out_of_turn(self, connection: Connection, verb: int, seq: int) -> None:
         """An old message is ignored, the last borrow is answered again, a gap is a fault."""
         session = connection.session
-        if seq > session.seq:
+        if seq > session.seq + 1:
             raise ProtocolError("client", f"after seq {session.seq} came {seq}")
-        loan = session.loan
-        if session.state != LENT or loan is None or not seq == session.seq == loan.seq:
-            return
-        if connection.job is None and connection.unsent is None:
+        if seq == session.seq + 1:  # it is WORKING
+            if verb != CANCEL:
+                raise ProtocolError("client", "it sent a request before it had the last answer")
+            if connection.job is not None:
+                connection.job.cancel()
+            self.lender.advance(session, seq)
+        elif (
+            connection.state == READY
+            and session.state == LENT
+            and seq == session.seq == session.borrow_seq
+        ):
             self.hand_over(connection, seq, 0)
 
-    def _greet(self, connection: Connection, verb: int, seq: int, version: int) -> None:
+    def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
+        """Its request cannot be granted: the answer says why."""
+        session = connection.session
+        self.lender.advance(session, session.seq + 1)
+        if self.draining and isinstance(error, UnknownEntry | UnknownTicket):
+            error = BrokerClosing()  # it has retired because of that
+        self.reply(connection, encode_error(session.seq, error))
+
+    def _drop_inbox(self, connection: Connection) -> None:
+        """Close what came with a message and was not taken out by its handler."""
+        inbox, connection.inbox = connection.inbox, None
+        assert inbox is not None
+        if left := inbox.give_away():
+            self.workers.submit(Discard(left))
+
+    def _greet(self, connection: Connection, verb: int, seq: int, fields: tuple[int, bool]) -> None:
         """HELLO: who is it, may it, and does it speak our version?"""
         if verb != HELLO or seq != 0:
             raise ProtocolError("client", "a session begins with hello")
+        version, puts = fields
         peer = connection.peer
         refusal: FDBrokerError | None = None
         if peer.uid not in self._uids:
@@ -304,38 +348,42 @@ class Server:
                 refusal = error
         if refusal is not None:
             log.warning('event=refused %s reason="%s"', connection, refusal)
-            self.refuse(connection, 0, refusal)
+            self.reply(connection, encode_error(0, refusal))
             self.end(connection)
             return
-        connection.greeted = True
+        if puts:
+            connection.accept_descriptors()
+        connection.state = READY
         self._by_slot[connection.session.slot] = connection
         self.custody.keep_session(connection.session.slot, connection.sock)
         self.reply(connection, encode([0, 0, VERSION]))
 
     def _fault(self, connection: Connection, error: ProtocolError) -> None:
+        """The client broke the rules: tell it, as the answer that it waits for, and hang up."""
         log.warning('event=fault %s reason="%s"', connection, error.reason)
-        seq = (
-            connection.session.seq + 1 if connection.greeted else 0
-        )  # whoever asked waits for that
-        self.refuse(connection, seq, error)
+        seq = 0 if connection.state == GREETING else connection.session.seq + 1
+        self.reply(connection, encode_error(seq, error))
+        self.end(connection)
+
+    def _blame_us(self, connection: Connection) -> None:
+        """A mistake of ours costs one session, not every loan of everybody."""
+        log.exception("event=error %s", connection)
         self.end(connection)
 
     def end(self, connection: Connection) -> None:
-        """The session is over: loans cleared, custody told, slot freed.
+        """The session is over: hang up, clear its loans, tell custody, free its slot.
 
-        While a worker has its request that waits, since it uses what the loan keeps open.
+        While a worker has its request all but the first waits, since that uses what the loan
+        keeps open; the request calls this when it is back.
         """
-        if not connection.ended:  # the second time its number may be another's
-            connection.ended = True
+        if connection.state != ENDED:  # the second time its number may be another's
+            connection.state = ENDED
             del self._connections[connection.number]
             self._hang_up(connection)
-            if connection.unsent is not None and connection.unsent.fresh:
-                self.workers.submit(Discard(connection.unsent.fresh))
-            connection.unsent = None
-        if connection.greeted and connection.job is None:
-            session = connection.session
-            connection.greeted = False
-            self.lender.clear(session, self.now())
+            self._drop_unsent(connection)
+        session = connection.session
+        if session.state != FREE and connection.job is None:
+            self.lender.clear(session, self.now)
             self.custody.drop_session(session.slot)
             del self._by_slot[session.slot]
             self.lender.forget(session)
@@ -349,7 +397,7 @@ class Server:
 
     def reply(self, connection: Connection, data: bytes) -> None:
         """Send a message without descriptors, now or never."""
-        if connection.ended:
+        if connection.state == ENDED:
             return
         try:
             connection.sock.send(data, unix.SEND_NOW)
@@ -359,45 +407,33 @@ class Server:
         except OSError:
             self.end(connection)
 
-    def refuse(self, connection: Connection, seq: int, error: FDBrokerError) -> None:
-        """Send a refusal."""
-        self.reply(connection, encode_error(seq, error))
-
-    def hand_over(self, connection: Connection, seq: int, offset: int) -> None:
-        """Send the descriptors of a loan, which is on the ledger, from `offset` on."""
-        loan = connection.session.loan
-        assert loan is not None
-        if loan.readonly:
-            part = loan.entries[offset : offset + DESCRIPTORS]
-            sysfds = [entry.sysfd for entry in part]
-            self.start_job(connection, Reopen(connection, seq, offset, sysfds))
-        else:
-            self.send_loan(connection, seq, offset, None)
-
-    def send_loan(
-        self, connection: Connection, seq: int, offset: int, fresh: list[int] | None
+    def hand_over(
+        self, connection: Connection, seq: int, offset: int, fresh: list[int] | None = None
     ) -> None:
-        """The same, with the descriptors opened for it (`fresh`, closed afterwards) or its own."""
-        loan = connection.session.loan
-        assert loan is not None
-        if connection.ended:
-            if fresh:
-                self.workers.submit(Discard(fresh))
+        """Send the descriptors of a loan, which is on the ledger, from `offset` on.
+
+        Those of a read-only loan are opened for it first (`fresh`), and closed afterwards.
+        """
+        session = connection.session
+        entries, wish = session.entries, session.wish
+        assert wish is not None
+        if fresh is None and wish.readonly:
+            sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
+            self.start_job(connection, Reopen(connection, seq, offset, sysfds))
             return
-        if not unix.all_read(connection.sock):
-            connection.unsent = Unsent(seq, offset, fresh)
+        if not unix.all_read(connection.number):
+            connection.state, connection.unsent = UNREAD, Unsent(seq, offset, fresh)
             self._epoll.modify(connection.number, EMPTIED)
             return
-        entries = loan.entries
-        total = len(entries)
+        total = count = len(entries)
         if total == 1 and fresh is None:
-            count, ancillary = 1, entries[0].ancillary
+            rights = entries[0].ancillary
         else:
             fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
-            count, ancillary = len(fds), unix.rights(fds)
-        data = encode([0, seq, total, count, loan.since])
+            count, rights = len(fds), unix.rights(fds)
+        data = encode_grant(seq, total, count, session.since)
         try:
-            unix.send_with(connection.sock, data, ancillary, unix.SEND_NOW)
+            connection.sock.sendmsg((data,), rights, unix.SEND_NOW)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.end(connection)
         except OSError as error:
@@ -408,21 +444,38 @@ class Server:
 
     def take_back(self, connection: Connection, seq: int, error: FDBrokerError) -> None:
         """The loan ends here, since its descriptors cannot be sent; the client is told why."""
-        self.lender.take_back(connection.session, self.now())
-        self.refuse(connection, seq, error)
+        self.lender.take_back(connection.session, self.now)
+        self.reply(connection, encode_error(seq, error))
 
-    def _send_unsent(self, connection: Connection) -> None:
+    def _send_unsent(self, connection: Connection, event: int) -> None:
+        """The client has read a message, or is gone; then what it sent before is received."""
         unsent = connection.unsent
         assert unsent is not None
-        if unix.all_read(connection.sock):
-            connection.unsent = None
-            self._epoll.modify(connection.number, READABLE)
-            self.send_loan(connection, *unsent)
+        if not event & GONE and not unix.all_read(connection.number):
+            return
+        self._epoll.modify(connection.number, READABLE)
+        connection.state = READY
+        if event & GONE:
+            self._drop_unsent(connection)
+            return
+        connection.unsent = None
+        self.hand_over(connection, *unsent)
 
-    def start_job(self, connection: Connection, job: Job) -> None:
+    def _drop_unsent(self, connection: Connection) -> None:
+        unsent, connection.unsent = connection.unsent, None
+        if unsent is not None and unsent.fresh:
+            self.workers.submit(Discard(unsent.fresh))
+
+    def start_job(self, connection: Connection, job: Request) -> None:
         """Have a worker do the slow part of this connection's request."""
-        connection.job = job
+        connection.state, connection.job = WORKING, job
         self.workers.submit(job)
+
+    def job_is_back(self, connection: Connection) -> None:
+        """The opposite; the answer is the job's."""
+        connection.job = None
+        if connection.state == WORKING:
+            connection.state = READY
 
     def stats(self) -> dict[str, int]:
         """Counts, for people and for tests."""

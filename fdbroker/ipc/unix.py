@@ -28,10 +28,10 @@ from fdbroker.ipc.messages import DESCRIPTORS
 ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
 CREDENTIALS_BYTES = socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer has not read
-NO_SIZE = struct.pack("i", 0)
 # less than any unread message counts (its sk_buff alone is larger).  Not 0: the kernel wakes us
 # when it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
 LEAST_UNREAD = 256
+SO_PASSRIGHTS = 83  # asm-generic/socket.h
 PATH_BYTES = 107  # sun_path, less its final NUL
 BACKLOG = 1024
 # plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
@@ -42,6 +42,9 @@ SEND_NOW = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 LOST = int(socket.MSG_CTRUNC)
 INT = struct.Struct("i")
 SOL_SOCKET, SCM_RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+
+_unread = bytearray(INT.size)
+_unread_bytes = memoryview(_unread).cast("i")
 
 Buffers = tuple[tuple[bytearray]]  # recvmsg_into's first argument, ready for `map`
 Ancillary = tuple[tuple[int, int, bytes]]
@@ -107,18 +110,37 @@ class Inbox:
             self.close()
 
 
-def receive_now(sock: socket.socket, into: Buffers) -> tuple[int, Inbox | None]:
-    """Take one message if there is one, else BlockingIOError: its size, and what came with it.
+def receive_now(sock: socket.socket, size: int) -> tuple[bytes, Inbox | None]:
+    """Take one message if there is one, else BlockingIOError: its bytes, and what came with it.
 
     For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.
     """
-    received = sock.recvmsg_into(into[0], ANCILLARY_BYTES, RECEIVE_NOW)
-    if not received[1] and not received[2] & LOST:
-        return received[0], None
+    received = sock.recvmsg(size, ANCILLARY_BYTES, RECEIVE_NOW)
+    data, ancillary, flags, address = received
+    if not ancillary and not flags & LOST:
+        return data, None
     inbox = Inbox()
-    inbox.raw.append(received)
+    inbox.raw.append((len(data), ancillary, flags, address))
     inbox.sort()
-    return received[0], inbox
+    return data, inbox
+
+
+def refuse_descriptors(sock: socket.socket) -> bool:
+    """Have the kernel refuse every descriptor that the peer sends (EPERM, there).
+
+    False where it cannot (SO_PASSRIGHTS, Linux 6.16): then whatever is sent must be received.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
+
+
+def accept_descriptors(sock: socket.socket) -> None:
+    """The opposite."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 1)
 
 
 def rights(fds: Sequence[int]) -> Ancillary:
@@ -135,10 +157,13 @@ def send_with(sock: socket.socket, data: bytes, ancillary: Ancillary, flags: int
     sock.sendmsg((data,), ancillary, flags)
 
 
-def all_read(sock: socket.socket) -> bool:
-    """Whether the peer has taken everything that was sent to it (SIOCOUTQ, unix(7))."""
-    (size,) = INT.unpack(ioctl(sock.fileno(), SIOCOUTQ, NO_SIZE))
-    return bool(size < LEAST_UNREAD)
+def all_read(number: int) -> bool:
+    """Whether the peer of socket `number` has taken all that was sent to it (SIOCOUTQ, unix(7)).
+
+    For one thread: the answer is put where the last one was, which takes half the time.
+    """
+    ioctl(number, SIOCOUTQ, _unread)
+    return _unread_bytes[0] < LEAST_UNREAD
 
 
 def shut_down(sock: socket.socket) -> None:

@@ -18,14 +18,12 @@ from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
     ENTRIES,
-    EXCLUSIVE,
     HELLO,
     LOANS,
     MORE,
     NAMELESS,
     PAGE_ROWS,
     PUT,
-    READONLY,
     REPLACE,
     RETIRE,
     RETURN,
@@ -37,21 +35,32 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.ipc.session import too_many_files
 from fdbroker.lender.names import check_name
-from fdbroker.lender.parts import IDLE, LENT
+from fdbroker.lender.parts import CLOSING, IDLE, LENT, WAITING
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
+    from fdbroker.lender.parts import Wish
 
 SECOND = 1_000_000_000
 
-Fields = list[Any]
+Fields = tuple[Any, ...]
 Reply = bytes | None
-Handler = Callable[["Server", "Connection", int, Fields], Reply]
+Handler = Callable[["Server", "Connection", int, Any], Reply]
 
 
 def _ns(timeout: float | None) -> int | None:
     return None if timeout is None else int(timeout * SECOND)
+
+
+def _require(at: Connection, *states: int) -> None:
+    """Raise unless the session is in one of these states."""
+    state = at.session.state
+    if state not in states:
+        reason = "a session carries one loan, or waits for one thing"
+        if state in (WAITING, CLOSING):
+            reason = "it sent a request before it had the last answer"
+        raise ProtocolError("client", reason)
 
 
 def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
@@ -59,23 +68,9 @@ def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     raise ProtocolError("client", "hello comes once")
 
 
-def borrow(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
     """Grant it now, or let the session wait for its turn."""
-    names, flags, timeout, purpose = fields
-    if at.session.state != IDLE:
-        raise ProtocolError("client", "a session carries one loan")
-    if server.draining:
-        raise BrokerClosing()
-    if server.lender.borrow(
-        at.session,
-        seq,
-        names if type(names) is list else (names,),
-        server.now(),
-        exclusive=flags & EXCLUSIVE != 0,
-        readonly=flags & READONLY != 0,
-        timeout=None if timeout is None else int(timeout * SECOND),
-        purpose=purpose,
-    ):
+    if server.lender.borrow(at.session, seq, wish, server.now):
         server.hand_over(at, seq, 0)
     return None
 
@@ -83,11 +78,8 @@ def borrow(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def more(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """The next descriptors of a loan of many."""
     (offset,) = fields
-    if (
-        at.session.loan is None
-        or at.session.state != LENT
-        or offset >= len(at.session.loan.entries)
-    ):
+    _require(at, LENT)
+    if offset >= len(at.session.entries):
         raise ProtocolError("client", "there are no more descriptors")
     server.lender.advance(at.session, seq)
     server.hand_over(at, seq, offset)
@@ -96,19 +88,20 @@ def more(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 
 def give_back(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """RETURN: the loan ends."""
-    server.lender.give_back(at.session, seq, server.now())
+    server.lender.give_back(at.session, seq, server.now)
     return None
 
 
 def cancel(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """CANCEL: a wait ends; a grant that crossed it stands, the client returns it."""
-    server.lender.cancel(at.session, seq, server.now())
+    server.lender.cancel(at.session, seq, server.now)
     return None
 
 
 def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """A new entry: checked here as far as possible, looked at by a worker, then entered."""
     name, flags = fields
+    _require(at, IDLE, LENT)
     if at.inbox is not None and at.inbox.truncated:
         raise too_many_files("broker")
     if at.inbox is None or len(at.inbox.fds) != 1:
@@ -128,12 +121,11 @@ def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def retire(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """An entry refuses new borrows; with `wait` the reply comes after its final close."""
     name, wait, timeout = fields
+    _require(at, *((IDLE,) if wait else (IDLE, LENT)))
     if wait:
-        if at.session.state != IDLE:
-            raise ProtocolError("client", "a session with a loan cannot wait")
-        server.lender.retire_and_wait(at.session, seq, name, server.now(), _ns(timeout))
+        server.lender.retire_and_wait(at.session, seq, name, server.now, _ns(timeout))
         return None
-    server.lender.retire(name, server.now())
+    server.lender.retire(name, server.now)
     server.lender.advance(at.session, seq)
     return encode([0, seq])
 
@@ -141,6 +133,7 @@ def retire(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """One page of the entries that have a name, by slot from the cursor on."""
     (cursor,) = fields
+    _require(at, IDLE, LENT)
     server.lender.advance(at.session, seq)
     found = list(islice((e for e in server.lender.entries_from(cursor) if e.name), PAGE_ROWS + 1))
     following = found.pop().slot if len(found) > PAGE_ROWS else 0
@@ -163,23 +156,24 @@ def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """One page of the loans, by session slot from the cursor on, `index` within a loan."""
     name, cursor, index = fields
+    _require(at, IDLE, LENT)
     server.lender.advance(at.session, seq)
     found: list[tuple[int, int, LoanRow]] = []
     for holder in server.lender.sessions_from(cursor):
-        loan = holder.loan
-        if loan is None or holder.state != LENT:
+        wish = holder.wish
+        if wish is None or holder.state != LENT:
             continue
         start = index if holder.slot == cursor else 0
-        for place, entry in enumerate(loan.entries[start:], start):
+        for place, entry in enumerate(holder.entries[start:], start):
             if not name or entry.name == name:
                 row = LoanRow(
                     entry.name,
-                    f"{holder.id}.{loan.seq}",
+                    f"{holder.id}.{holder.borrow_seq}",
                     holder.peer.pid,
                     holder.peer.uid,
-                    loan.since,
-                    loan.exclusive,
-                    loan.purpose,
+                    holder.since,
+                    wish.exclusive,
+                    wish.purpose,
                 )
                 found.append((holder.slot, place, row))
         if len(found) > PAGE_ROWS:
@@ -190,6 +184,7 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 
 def stats(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """Counts."""
+    _require(at, IDLE, LENT)
     server.lender.advance(at.session, seq)
     return encode([0, seq, list(server.stats().items())])
 

@@ -3,6 +3,6 @@
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.load import load
-from fdbroker.lender.parts import Entry, Loan, Peer, Session
+from fdbroker.lender.parts import Entry, Peer, Session, Wish
 
-__all__ = ["Entry", "Ledger", "Lender", "Loan", "Peer", "Session", "load"]
+__all__ = ["Entry", "Ledger", "Lender", "Peer", "Session", "Wish", "load"]

@@ -26,27 +26,21 @@ from fdbroker.errors import (
     RetireTimeout,
     WouldDeadlock,
 )
-from fdbroker.lender.ledger import (
-    NONE,
-    Ledger,
-    Slots,
-)
+from fdbroker.lender.ledger import STATE_BITS, Ledger, Slots
 from fdbroker.lender.parts import (
-    EXCLUSIVE,
     FOREVER,
     IDLE,
     LENT,
     LIVE,
-    READONLY,
     RETIRING,
     WAITING,
     Entry,
-    Loan,
     Session,
+    Wish,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 HOLDERS_NAMED = 16  # how many holders a BorrowTimeout names at most
@@ -64,12 +58,16 @@ class Books:
         self.tickets: dict[bytes, Entry] = {}  # LIVE ones only
         self.decisions: deque[tuple[Session, int, FDBrokerError | None]] = deque()
         self.closings: deque[Entry] = deque()
-        self.loans = 0
         self.waiting = 0
         self._session_slots = Slots(ledger.sessions, "sessions")
         self._entry_slots = Slots(ledger.entries, "entries")
         self._cells = Slots(ledger.cells, "loans of several entries")
         self.deadlines: list[tuple[int, int, int, int]] = []  # (deadline, id, seq, slot), a heap
+
+    @property
+    def loans(self) -> int:
+        """How many loans are out."""
+        return sum(session.state == LENT for session in self.sessions.values())
 
     # --- lists, a page at a time: both tables by slot from `first` on ---
 
@@ -89,26 +87,7 @@ class Books:
 
     def _commit(self, session: Session, state: int) -> None:
         session.state = state
-        self.ledger.commit_session(session.slot, session.seq, state)
-
-    def _write_loan(self, session: Session, loan: Loan) -> None:
-        purpose = loan.purpose.encode()
-        self.ledger.write_session(
-            session.slot,
-            (
-                loan.seq,
-                loan.arrival,
-                session.asked,
-                loan.since,
-                session.deadline,
-                loan.entries[0].slot,
-                loan.cells[0] if loan.cells else NONE,
-                len(loan.entries),
-                EXCLUSIVE * loan.exclusive | READONLY * loan.readonly,
-                len(purpose),
-                purpose,
-            ),
-        )
+        self.ledger.commits[session.slot] = session.seq << STATE_BITS | state
 
     def _ask(self, session: Session, seq: int, now: int, timeout: int | None) -> None:
         """Note since when, by which request and until when the session waits."""
@@ -134,61 +113,52 @@ class Books:
         self._session_slots, self._entry_slots, self._cells = sessions, entries, cells
 
     def hold(self, session: Session) -> None:
-        loan = session.loan
-        assert loan is not None
-        self.loans += 1
-        for entry in loan.entries:
+        """The session has its loan: each of the entries is one reference longer open."""
+        assert session.wish is not None
+        slot, exclusive = session.slot, session.wish.exclusive
+        for entry in session.entries:
             entry.fd.incref()
-            entry.holders[session.slot] = session
-            entry.held_exclusively = loan.exclusive
+            entry.holders[slot] = session
+            entry.held_exclusively = exclusive
 
-    def _end_loan(self, session: Session, now: int) -> None:
-        loan = session.loan
-        assert loan is not None
-        self._commit(session, IDLE)
-        session.loan = None
-        self.loans -= 1
-        for cell in loan.cells:
-            self._cells.give(cell)
-        for entry in loan.entries:
-            entry.fd.decref()
-            if entry.holders.pop(session.slot, None) is not None:
-                entry.held_exclusively = False
-                if entry.state == RETIRING and not entry.holders:
-                    self.closings.append(entry)
-        for entry in loan.entries:
-            if entry.line and (loan.exclusive or entry.turns):
+    def _end_concerns(self, wish: Wish, entries: Sequence[Entry], now: int) -> None:
+        """A loan has ended: close what it was the last one of, serve those who wait."""
+        for entry in dict.fromkeys(entries):
+            if entry.state == RETIRING and not entry.holders:
+                self.closings.append(entry)
+        self._serve_lines(wish, entries, now)
+
+    def _serve_lines(self, wish: Wish, entries: Sequence[Entry], now: int) -> None:
+        for entry in entries:
+            if entry.line and (wish.exclusive or entry.turns):
                 self.serve_line(entry, now)
 
     def stand_in_line(self, session: Session) -> None:
-        loan = session.loan
-        assert loan is not None
+        """The session waits for all entries of its wish."""
+        assert session.wish is not None
         self.waiting += 1
-        for entry in loan.entries:
+        for entry in session.entries:
             if session.slot not in entry.line:
                 entry.line[session.slot] = session
-                if loan.exclusive:
+                if session.wish.exclusive:
                     entry.turns[session.slot] = session
 
-    def _step_out(self, session: Session, loan: Loan) -> None:
+    def _step_out(self, session: Session) -> None:
         self.waiting -= 1
         session.deadline = FOREVER
-        for entry in loan.entries:
+        for entry in session.entries:
             entry.line.pop(session.slot, None)
             entry.turns.pop(session.slot, None)
 
     def _leave_line(self, session: Session, now: int) -> None:
         """Stop waiting without a grant; those behind may now go."""
-        loan = session.loan
-        assert loan is not None
         self._commit(session, IDLE)
-        session.loan = None
-        self._step_out(session, loan)
-        for cell in loan.cells:
-            self._cells.give(cell)
-        for entry in loan.entries:
-            if entry.line and (loan.exclusive or entry.turns):
-                self.serve_line(entry, now)
+        self._step_out(session)
+        self._cells.give_many(session.cells)
+        wish, entries = session.wish, session.entries
+        assert wish is not None
+        session.wish, session.entries, session.cells = None, (), ()
+        self._serve_lines(wish, entries, now)
 
     def serve_line(self, entry: Entry, now: int) -> None:
         """Grant what can be granted in the line of `entry`, in order of arrival."""
@@ -197,66 +167,72 @@ class Books:
         ready: list[Session] = []
         passed_over = False  # somebody who conflicts with later exclusive ones
         for session in entry.line.values():
-            loan = session.loan
-            assert loan is not None
-            if loan.exclusive:
-                if not ready and not passed_over and self._grantable(loan):
+            assert session.wish is not None
+            if session.wish.exclusive:
+                if not ready and not passed_over and self._grantable(session):
                     ready.append(session)
                 break
-            if self._grantable(loan):
+            if self._grantable(session):
                 ready.append(session)
             else:
                 passed_over = True
         for session in ready:
-            loan = session.loan
-            assert loan is not None
-            self._step_out(session, loan)
-            loan.since = now
+            self._step_out(session)
+            session.since = now
             self.ledger.write_since(session.slot, now)
             self._commit(session, LENT)
             self.hold(session)
-            self.decisions.append((session, loan.seq, None))
+            self.decisions.append((session, session.borrow_seq, None))
 
-    def _grantable(self, loan: Loan) -> bool:
+    def _grantable(self, session: Session) -> bool:
+        wish, arrival = session.wish, session.arrival
+        assert wish is not None
         return not any(
-            entry.state != LIVE or self._is_held(entry, loan) or self._is_behind(entry, loan)
-            for entry in loan.entries
+            entry.state != LIVE
+            or self._is_held(entry, wish)
+            or self._is_behind(entry, wish, arrival)
+            for entry in session.entries
         )
 
     @staticmethod
-    def _is_held(entry: Entry, loan: Loan) -> bool:
-        """Whether a holder of `entry` conflicts with `loan`."""
-        return bool(entry.holders) if loan.exclusive else entry.held_exclusively
+    def _is_held(entry: Entry, wish: Wish) -> bool:
+        """Whether a holder of `entry` conflicts with `wish`."""
+        return bool(entry.holders) if wish.exclusive else entry.held_exclusively
 
     @staticmethod
-    def _is_behind(entry: Entry, loan: Loan) -> bool:
-        """Whether somebody in the line of `entry` conflicts with `loan` and came earlier."""
-        line = entry.line if loan.exclusive else entry.turns
+    def _is_behind(entry: Entry, wish: Wish, arrival: int | None) -> bool:
+        """Whether somebody in the line of `entry` conflicts with `wish` and came before `arrival`
+        (None: now)."""
+        line = entry.line if wish.exclusive else entry.turns
         if not line:
             return False
-        first = next(iter(line.values())).loan
-        assert first is not None
-        return first.arrival < loan.arrival or not loan.arrival
+        return arrival is None or next(iter(line.values())).arrival < arrival
 
-    @staticmethod
-    def _refuse_own_wait(session: Session, entry: Entry) -> None:
+    def _refuse_wait(
+        self, session: Session, wish: Wish, entries: Sequence[Entry], now: int
+    ) -> None:
+        """Raise if `session` must not wait: its process has it itself, or it has no time."""
         pid = session.peer.pid
-        if entry.held_exclusively and pid:
-            holder = next(iter(entry.holders.values()))
-            if holder.peer.pid == pid:
-                raise WouldDeadlock(entry.name, pid)
+        for entry in entries:
+            if entry.held_exclusively and pid:
+                (holder,) = entry.holders.values()
+                if holder.peer.pid == pid:
+                    raise WouldDeadlock(entry.name, pid)
+        if wish.timeout == 0:
+            raise self._timed_out(wish, entries, None, 0, now)
 
-    def _timed_out(self, loan: Loan, seconds: float, now: int) -> BorrowTimeout:
-        """The error that names who has what `loan` waits for."""
-
-        held = [entry for entry in loan.entries if self._is_held(entry, loan)]
-        busy = held or [entry for entry in loan.entries if self._is_behind(entry, loan)]
+    def _timed_out(
+        self, wish: Wish, entries: Sequence[Entry], arrival: int | None, seconds: float, now: int
+    ) -> BorrowTimeout:
+        """The error that names who has what is wished for."""
+        held = [entry for entry in entries if self._is_held(entry, wish)]
+        busy = held or [entry for entry in entries if self._is_behind(entry, wish, arrival)]
         holders: dict[int, tuple[int, int, float, bool]] = {}
         for entry in held:
             for slot, holder in islice(entry.holders.items(), HOLDERS_NAMED):
-                assert holder.loan is not None
-                peer, seconds_held = holder.peer, (now - holder.loan.since) / SECOND
-                holders[slot] = peer.pid, peer.uid, seconds_held, holder.loan.exclusive
+                assert holder.wish is not None
+                peer, seconds_held = holder.peer, (now - holder.since) / SECOND
+                holders[slot] = peer.pid, peer.uid, seconds_held, holder.wish.exclusive
         return BorrowTimeout(busy[0].name, seconds, list(holders.values())[:HOLDERS_NAMED])
 
     def _time_out(self, session: Session, now: int) -> None:
@@ -264,9 +240,8 @@ class Books:
         seconds = (now - session.asked) / SECOND
         error: FDBrokerError
         if session.state == WAITING:
-            loan = session.loan
-            assert loan is not None
-            error = self._timed_out(loan, seconds, now)
+            assert session.wish is not None
+            error = self._timed_out(session.wish, session.entries, session.arrival, seconds, now)
             self._leave_line(session, now)
         else:
             entry = session.awaited
@@ -294,10 +269,10 @@ class Books:
             entry.owner.owned.pop(entry.slot, None)
         entry.fd.retire()
         for session in list(entry.line.values()):
-            loan = session.loan
-            if session.state == WAITING and loan is not None:
+            if session.state == WAITING:
                 self._leave_line(session, now)
-                self.decisions.append((session, loan.seq, EntryRetired(entry.name)))
+                retired = EntryRetired(entry.name)
+                self.decisions.append((session, session.borrow_seq, retired))
         if not entry.holders:
             self.closings.append(entry)
 

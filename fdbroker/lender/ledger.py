@@ -23,18 +23,24 @@ from __future__ import annotations
 
 import struct
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.errors import BrokerFull
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAGIC = 0x31_72_65_67_64_65_6C_66  # "fledger1", the layout below; another layout, another number
 HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
 NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
 
-SESSION = struct.Struct("=QQQQQIIIHH128s")  # after the commit word and the id
-SESSION_FIXED = struct.Struct("=QQQQQIIIHH")  # the same without the purpose: the hot path's
-SESSION_WORDS = 2 + SESSION.size // 8
-SINCE_WORD = 5  # where `since` is in a session's record, commit word and id included
+LOAN = struct.Struct("=QQIIIHH")  # of a session's record, after the commit word and the id
+WAIT = struct.Struct("=QQQ")  # after that, and after this the purpose
+PURPOSE_BYTES = 128
+SESSION_WORDS = 2 + (LOAN.size + WAIT.size + PURPOSE_BYTES) // 8
+LOAN_AT, WAIT_AT = 16, 16 + LOAN.size  # where they begin, in bytes
+PURPOSE_AT = WAIT_AT + WAIT.size
+SINCE_WORD = 3
 
 ENTRY = struct.Struct("=QQQIBBH256s")  # after the commit word
 ENTRY_WORDS = 1 + ENTRY.size // 8
@@ -44,24 +50,20 @@ STATE_MASK = (1 << STATE_BITS) - 1
 NONE = 0xFFFFFFFF  # no entry, no cell
 
 
-# what a SessionRecord is a plain tuple of: on the hot path its constructor would show
-SessionFields = tuple[int, int, int, int, int, int, int, int, int, int, bytes]
-
-
 class SessionRecord(NamedTuple):
     """What a session asked for and got, in the order of the record; without meaning while IDLE."""
 
     borrow_seq: int
-    arrival: int
-    asked: int
     since: int
+    entry: int
+    cell: int
+    members: int
+    flags: int
+    purpose_size: int
+    arrival: int  # it and what follows is only meant while the session waits
+    asked: int
     deadline: int
-    entry: int = NONE
-    cell: int = NONE
-    members: int = 0
-    flags: int = 0
-    purpose_size: int = 0
-    purpose: bytes = b""
+    purpose: bytes
 
 
 class EntryRecord(NamedTuple):
@@ -91,6 +93,7 @@ class Ledger:
         "_sessions_at",
         "buffer",
         "cells",
+        "commits",
         "entries",
         "sessions",
         "words",
@@ -122,6 +125,10 @@ class Ledger:
         if len(self.buffer) < self.size(self.sessions, self.entries, self.cells):
             raise ValueError("the buffer is only the beginning of a ledger")
         self._sessions_at = HEADER_WORDS
+        end = HEADER_WORDS + self.sessions * SESSION_WORDS
+        self.commits = self.words[HEADER_WORDS:end:SESSION_WORDS]
+        """The commit word of each session, by slot: ``seq << STATE_BITS | state``.  To write it
+        makes the record true; everything rests on that."""
         self._entries_at = self._sessions_at + self.sessions * SESSION_WORDS
         self._cells_at = self._entries_at + self.entries * ENTRY_WORDS
 
@@ -142,34 +149,49 @@ class Ledger:
         """Write the id of a new session, into a free slot."""
         self.words[self._sessions_at + slot * SESSION_WORDS + 1] = id
 
-    def write_session(self, slot: int, record: SessionFields) -> None:
-        """Write a session's fields; they mean nothing until `commit_session`."""
-        at = (self._sessions_at + slot * SESSION_WORDS + 2) * 8
-        if record[-1]:
-            SESSION.pack_into(self.buffer, at, *record)
-        else:
-            SESSION_FIXED.pack_into(self.buffer, at, *record[:-1])
+    def write_loan(
+        self,
+        slot: int,
+        seq: int,
+        since: int,
+        entry: int,
+        cell: int,
+        members: int,
+        flags: int,
+        purpose: bytes,
+    ) -> None:
+        """Write what a session has, or waits for; it means nothing until the commit."""
+        at = (self._sessions_at + slot * SESSION_WORDS) * 8
+        LOAN.pack_into(
+            self.buffer, at + LOAN_AT, seq, since, entry, cell, members, flags, len(purpose)
+        )
+        if purpose:
+            at += PURPOSE_AT
+            self.buffer[at : at + len(purpose)] = purpose
+
+    def write_wait(self, slot: int, arrival: int, asked: int, deadline: int) -> None:
+        """Write since when and until when a session waits, likewise."""
+        at = (self._sessions_at + slot * SESSION_WORDS) * 8
+        WAIT.pack_into(self.buffer, at + WAIT_AT, arrival, asked, deadline)
 
     def write_since(self, slot: int, since: int) -> None:
         """Write the time of a grant, meaningless as long as the session waits."""
         self.words[self._sessions_at + slot * SESSION_WORDS + SINCE_WORD] = since
 
-    def commit_session(self, slot: int, seq: int, state: int) -> None:
-        """Make the session's record true: the one word that everything rests on."""
-        self.words[self._sessions_at + slot * SESSION_WORDS] = seq << STATE_BITS | state
-
     def read_session(self, slot: int) -> tuple[int, int, int, SessionRecord]:
         """(seq, state, id, fields) of a session's record."""
         at = self._sessions_at + slot * SESSION_WORDS
         commit, id = self.words[at : at + 2]
-        record = SessionRecord(*SESSION.unpack_from(self.buffer, (at + 2) * 8))
-        purpose = record.purpose[: record.purpose_size]
-        return commit >> STATE_BITS, commit & STATE_MASK, id, record._replace(purpose=purpose)
+        loan = LOAN.unpack_from(self.buffer, at * 8 + LOAN_AT)
+        wait = WAIT.unpack_from(self.buffer, at * 8 + WAIT_AT)
+        start = at * 8 + PURPOSE_AT
+        purpose = bytes(self.buffer[start : start + min(loan[-1], PURPOSE_BYTES)])
+        record = SessionRecord._make((*loan, *wait, purpose))
+        return commit >> STATE_BITS, commit & STATE_MASK, id, record
 
     def session_states(self) -> list[int]:
         """The state of every session slot, free ones included."""
-        words = self.words[self._sessions_at : self._entries_at : SESSION_WORDS]
-        return [word & STATE_MASK for word in words]
+        return [word & STATE_MASK for word in self.commits]
 
     # --- entries ---
 
@@ -196,10 +218,13 @@ class Ledger:
 
     # --- cells ---
 
-    def write_cells(self, cells: list[int], entries: list[int]) -> None:
+    def write_cells(self, cells: Sequence[int], entries: Sequence[int]) -> None:
         """Chain `cells` to hold `entries`, in order; the session's record then names the first."""
-        for cell, entry, following in zip(cells, entries, [*cells[1:], NONE], strict=True):
-            self.words[self._cells_at + cell] = entry << 32 | following
+        words, start = self.words, self._cells_at
+        following = NONE
+        for cell, entry in zip(reversed(cells), reversed(entries), strict=True):
+            words[start + cell] = entry << 32 | following
+            following = cell
 
     def read_cells(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """The chain of `count` cells that begins at `first`, as (cells, entries)."""
@@ -241,6 +266,11 @@ class Slots:
         if count > len(self._returned) + self._limit - self.fresh:
             raise BrokerFull(self._what, self._limit)
         return [self.take() for _ in range(count)]
+
+    def give_many(self, slots: Sequence[int]) -> None:
+        """Take slots back."""
+        for slot in slots:
+            heappush(self._returned, slot)
 
     def give(self, slot: int) -> None:
         """Take a slot back."""

@@ -25,8 +25,9 @@ from fdbroker.lender.ledger import (
     NEXT_ARRIVAL,
     NEXT_GENERATION,
     NEXT_SESSION,
+    NONE,
+    STATE_BITS,
     EntryRecord,
-    SessionRecord,
 )
 from fdbroker.lender.names import check_name
 from fdbroker.lender.parts import (
@@ -37,16 +38,15 @@ from fdbroker.lender.parts import (
     LENT,
     LIVE,
     NAMELESS,
+    RETIRING,
     WAITING,
     Entry,
-    Loan,
     Peer,
     Session,
+    Wish,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fdbroker.rc import FD
 
 
@@ -73,7 +73,7 @@ class Lender(Books):
         if session.state == WAITING:
             self._leave_line(session, now)
         elif session.state == LENT:
-            self._end_loan(session, now)
+            self.give_back(session, session.seq, now)
         elif session.state == CLOSING:
             self._leave_watch(session)
         for entry in list(session.owned.values()):
@@ -81,73 +81,77 @@ class Lender(Books):
 
     def forget(self, session: Session) -> None:
         """Free the slot of a cleared session."""
-        self.ledger.commit_session(session.slot, 0, FREE)
+        self.ledger.commits[session.slot] = FREE
         del self.sessions[session.slot]
         session.state = FREE
         self._session_slots.give(session.slot)
 
     # --- borrowing ---
 
-    def borrow(
-        self,
-        session: Session,
-        seq: int,
-        names: Sequence[str | bytes],
-        now: int,
-        *,
-        exclusive: bool = False,
-        readonly: bool = False,
-        timeout: int | None = None,
-        purpose: str = "",
-    ) -> bool:
-        """Grant a loan of all `names` (a ticket is bytes): True; or put it in the line: False.
+    def borrow(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
+        """Grant a loan of all that is wished for: True; or put it in the line: False.
 
-        `timeout` is in nanoseconds from `now`, `purpose` at most 128 bytes.  Raises
-        `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout` where
-        the timeout is 0.
+        Raises `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout`
+        where the timeout is 0.
         """
-        entries = []
-        for name in names:
-            entry = self.names.get(name) if type(name) is str else None
-            entries.append(entry or self.find(name))
-        loan = Loan(seq, entries, exclusive, readonly, purpose)
-        granted = True
-        for entry in entries:
+        if session.state != IDLE:
+            raise self._out_of_turn(session, "a session carries one loan, or one wait")
+        exclusive, entries, granted = wish.exclusive, [], True
+        for name in wish.names:
+            entry = self.names.get(name) or self.find(name)  # type: ignore[arg-type]
+            entries.append(entry)
             if entry.turns or (
                 (entry.holders or entry.line) if exclusive else entry.held_exclusively
             ):
                 granted = False
-                self._refuse_own_wait(session, entry)
-        if not granted and timeout == 0:
-            raise self._timed_out(loan, 0, now)
-        if len(entries) > 1:
-            loan.cells = self._cells.take_many(len(entries) - 1)
-            self.ledger.write_cells(loan.cells, [entry.slot for entry in entries[1:]])
-        session.seq = seq
-        session.loan = loan
+        if not granted:
+            self._refuse_wait(session, wish, entries, now)
+        count, first, slot = len(entries), NONE, session.slot
+        if count > 1:
+            session.cells = self._cells.take_many(count - 1)
+            first = session.cells[0]
+            self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
+        session.wish, session.entries = wish, entries
+        session.seq = session.borrow_seq = seq
+        session.since = now  # it is written at the grant anew
+        self.ledger.write_loan(
+            slot, seq, now, entries[0].slot, first, count, wish.flags, wish.purpose_bytes
+        )
         if granted:
-            loan.since = now
-            self._write_loan(session, loan)
-            self._commit(session, LENT)
+            session.state = LENT
+            self.ledger.commits[slot] = seq << STATE_BITS | LENT
             self.hold(session)
             return True
-        loan.arrival = self.ledger.count(NEXT_ARRIVAL)
-        self._ask(session, seq, now, timeout)
-        self._write_loan(session, loan)
+        session.arrival = self.ledger.count(NEXT_ARRIVAL)
+        self._ask(session, seq, now, wish.timeout)
+        self.ledger.write_wait(slot, session.arrival, now, session.deadline)
         self._commit(session, WAITING)
         self.stand_in_line(session)
         return False
 
     def give_back(self, session: Session, seq: int, now: int) -> None:
-        """A RETURN: the loan ends.  `ProtocolError` if there is none."""
-        if session.state != LENT:
-            raise ProtocolError("client", "a return without a loan")
-        session.seq = seq
-        self._end_loan(session, now)
+        """A RETURN, or whatever else ends a loan.  `ProtocolError` if there is none."""
+        wish, entries, slot = session.wish, session.entries, session.slot
+        if session.state != LENT or wish is None:
+            raise self._out_of_turn(session, "a return without a loan")
+        session.seq, session.state, session.wish, session.entries = seq, IDLE, None, ()
+        self.ledger.commits[slot] = seq << STATE_BITS | IDLE
+        others_concerned = False
+        for entry in entries:
+            entry.fd.decref()
+            entry.held_exclusively = False
+            entry.holders.pop(slot, None)  # it is not there again where two names are alike
+            if entry.line or entry.state == RETIRING:
+                others_concerned = True
+        if session.cells:
+            self._cells.give_many(session.cells)
+            session.cells = ()
+        if others_concerned:
+            self._end_concerns(wish, entries, now)
 
     def take_back(self, session: Session, now: int) -> None:
         """The loan ends because its descriptors could not be sent."""
-        self._end_loan(session, now)
+        self.give_back(session, session.seq, now)
 
     def cancel(self, session: Session, seq: int, now: int) -> None:
         """A CANCEL: the wait ends as if its deadline had come.
@@ -173,6 +177,12 @@ class Lender(Books):
             if entry is None:
                 raise UnknownTicket()
         return entry
+
+    @staticmethod
+    def _out_of_turn(session: Session, reason: str) -> ProtocolError:
+        if session.state in (WAITING, CLOSING):
+            reason = "it sent a request before it had the last answer"
+        return ProtocolError("client", reason)
 
     # --- entries ---
 
@@ -242,8 +252,8 @@ class Lender(Books):
             raise WouldDeadlock(entry.name, pid)
         session.seq = seq
         self._ask(session, seq, now, timeout)
-        record = SessionRecord(seq, 0, now, 0, session.deadline, entry.slot)
-        self.ledger.write_session(session.slot, record)
+        self.ledger.write_loan(session.slot, seq, 0, entry.slot, NONE, 0, 0, b"")
+        self.ledger.write_wait(session.slot, 0, now, session.deadline)
         self._commit(session, CLOSING)
         self.watch(session, entry)
         self.start_retiring(entry, now)

@@ -35,9 +35,9 @@ from fdbroker.lender.parts import (
     RETIRING,
     WAITING,
     Entry,
-    Loan,
     Peer,
     Session,
+    Wish,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def load(
         for slot, state in enumerate(ledger.session_states())
         if state != FREE
     ]
-    cells = {cell for session in sessions if session.loan for cell in session.loan.cells}
+    cells = {cell for session in sessions for cell in session.cells}
     lender.slots_taken(
         Slots(ledger.sessions, "sessions", {session.slot for session in sessions}),
         Slots(ledger.entries, "entries", set(entries)),
@@ -73,7 +73,7 @@ def load(
     retiring = _enter_entries(lender, entries, {session.id: session for session in sessions})
     for session in sorted(
         (session for session in sessions if session.state == WAITING),
-        key=attrgetter("loan.arrival"),
+        key=attrgetter("arrival"),
     ):
         lender.stand_in_line(session)
     for entry in retiring.values():
@@ -104,15 +104,17 @@ def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -
         session.awaited = entries[record.entry]
     if state in (WAITING, LENT):
         cells, others = ledger.read_cells(record.cell, record.members - 1)
-        session.loan = Loan(
-            record.borrow_seq,
-            [entries[number] for number in (record.entry, *others)],
+        members = [entries[number] for number in (record.entry, *others)]
+        session.wish = Wish(
+            tuple(entry.name or entry.ticket for entry in members),
             bool(record.flags & EXCLUSIVE),
             bool(record.flags & READONLY),
+            None,  # the deadline says it
             record.purpose.decode(),
         )
-        session.loan.cells = cells
-        session.loan.arrival, session.loan.since = record.arrival, record.since
+        session.entries, session.cells = members, cells
+        session.borrow_seq, session.since = record.borrow_seq, record.since
+        session.arrival = record.arrival
     return session
 
 

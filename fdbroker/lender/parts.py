@@ -13,6 +13,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fdbroker.rc import FD
 
 FREE, IDLE, WAITING, LENT, CLOSING = range(5)  # a session's states
@@ -86,48 +88,53 @@ class Entry:
         return f"<Entry {self.name or self.ticket.hex()!r} generation {self.generation}>"
 
 
-class Loan:
-    """What one borrow call got, or waits for: one entry, or several at once."""
+class Wish:
+    """What a borrow asks for.  Never changed, so one serves all requests that are alike.
 
-    __slots__ = (
-        "arrival",
-        "cells",
-        "entries",
-        "exclusive",
-        "purpose",
-        "readonly",
-        "seq",
-        "since",
-    )
+    `names` may have tickets among them (bytes); `timeout` is in nanoseconds, None waits for ever;
+    `purpose` has at most 128 bytes.
+    """
+
+    __slots__ = ("exclusive", "flags", "names", "purpose", "purpose_bytes", "readonly", "timeout")
 
     def __init__(
-        self, seq: int, entries: list[Entry], exclusive: bool, readonly: bool, purpose: str
+        self,
+        names: tuple[str | bytes, ...],
+        exclusive: bool = False,
+        readonly: bool = False,
+        timeout: int | None = None,
+        purpose: str = "",
     ) -> None:
-        self.seq = seq  # of the borrow request; with the session's id it names the loan
-        self.entries = entries
+        self.names = names
         self.exclusive = exclusive
         self.readonly = readonly
+        self.timeout = timeout
         self.purpose = purpose
-        self.arrival = 0  # its place among all that wait
-        self.since = 0  # when it was granted
-        self.cells: list[int] = []
+        self.purpose_bytes = purpose.encode()  # as in the ledger, and so are ...
+        self.flags = EXCLUSIVE * exclusive | READONLY * readonly
 
 
 class Session:
-    """One connection of a client process: at most one loan, or one wait."""
+    """One connection of a client process: at most one loan, or one wait.  Those are not objects of
+    their own: what `wish` got, or waits for, is `entries`, and the rest is beside it."""
 
     __slots__ = (
+        "arrival",
         "asked",
         "asked_seq",
         "awaited",
+        "borrow_seq",
+        "cells",
         "deadline",
+        "entries",
         "id",
-        "loan",
         "owned",
         "peer",
         "seq",
+        "since",
         "slot",
         "state",
+        "wish",
     )
 
     def __init__(self, slot: int, id: int, peer: Peer) -> None:
@@ -136,7 +143,12 @@ class Session:
         self.peer = peer
         self.seq = 0  # of the last message that was acted upon
         self.state = IDLE
-        self.loan: Loan | None = None  # while WAITING or LENT
+        self.wish: Wish | None = None  # while WAITING or LENT; then, too:
+        self.entries: Sequence[Entry] = ()  # in the order of the wish
+        self.cells: Sequence[int] = ()  # of the ledger, for all entries but the first
+        self.borrow_seq = 0  # of its request; with the session's id it names the loan
+        self.since = 0  # while LENT: when it was granted
+        self.arrival = 0  # while WAITING: its place among all that wait
         self.awaited: Entry | None = None  # while CLOSING
         self.asked = 0  # while WAITING or CLOSING: since when, ...
         self.asked_seq = 0  # ... by which request, ...

@@ -7,7 +7,7 @@ import os
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.load import load
-from fdbroker.lender.parts import CLOSING, IDLE, LENT, LIVE, WAITING, Entry, Peer, Session
+from fdbroker.lender.parts import CLOSING, IDLE, LENT, LIVE, WAITING, Entry, Peer, Session, Wish
 from fdbroker.rc import FD
 
 SECOND = 1_000_000_000
@@ -86,6 +86,7 @@ class CutLedger(Ledger):
     def __init__(self, buffer, *room: int) -> None:
         super().__init__(buffer, *room)
         self.copies: list[bytes] = []
+        self.commits = CutCommits(self)
 
     def copy(self) -> None:
         self.copies.append(bytes(self.buffer))
@@ -126,6 +127,20 @@ for _name in dir(Ledger):
         setattr(CutLedger, _name, _cut(_name, not _name.startswith("write_")))
 
 
+class CutCommits:
+    """The commit words of a `CutLedger`'s sessions: each write is one instant."""
+
+    def __init__(self, ledger: CutLedger) -> None:
+        self._ledger, self._words = ledger, ledger.commits
+
+    def __iter__(self):
+        return iter(self._words)
+
+    def __setitem__(self, slot: int, word: int) -> None:
+        self._words[slot] = word
+        self._ledger.copy()
+
+
 def told(error: BaseException | None) -> object:
     """An error as plain data, the holders in it in no particular order."""
     if error is None:
@@ -158,22 +173,23 @@ def view_session(session) -> dict:
         "seq": session.seq,
         "does": DOES[session.state],
     }
-    loan = session.loan
-    assert (loan is not None) == (session.state in (WAITING, LENT))
+    wish = session.wish
+    assert (wish is not None) == (session.state in (WAITING, LENT))
+    assert bool(session.entries) == (wish is not None)
     assert (session.awaited is not None) == (session.state == CLOSING)
-    if loan is not None:
+    if wish is not None:
         seen["loan"] = (
-            loan.seq,
-            [entry.slot for entry in loan.entries],
-            loan.exclusive,
-            loan.readonly,
-            loan.purpose,
-            loan.cells,
+            session.borrow_seq,
+            [entry.slot for entry in session.entries],
+            wish.exclusive,
+            wish.readonly,
+            wish.purpose,
+            list(session.cells),
         )
     if session.state == LENT:
-        seen["time"] = loan.since
+        seen["time"] = session.since
     elif session.state == WAITING:
-        seen["time"] = session.asked, session.asked_seq, session.deadline, loan.arrival
+        seen["time"] = session.asked, session.asked_seq, session.deadline, session.arrival
     elif session.state == CLOSING:
         seen["time"] = session.awaited.slot, session.asked, session.asked_seq, session.deadline
     seen["owned"] = sorted(session.owned)
@@ -181,7 +197,7 @@ def view_session(session) -> dict:
 
 
 def view_entry(entry) -> dict:
-    turns = [session.slot for session in entry.line.values() if session.loan.exclusive]
+    turns = [session.slot for session in entry.line.values() if session.wish.exclusive]
     assert list(entry.turns) == turns
     live = entry.state == LIVE
     assert not live or entry.ephemeral == (entry.owner is not None)
@@ -227,7 +243,7 @@ class Rig:
             raise
 
     def borrow(self, who: Session, *names: str | bytes, **how) -> bool:
-        return self.lender.borrow(who, who.seq + 1, list(names), self.now, **how)
+        return self.lender.borrow(who, who.seq + 1, Wish(names, **how), self.now)
 
     def give_back(self, who: Session) -> None:
         self.lender.give_back(who, who.seq + 1, self.now)

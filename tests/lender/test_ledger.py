@@ -20,7 +20,7 @@ from fdbroker.lender.ledger import (
     Slots,
 )
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import IDLE, LENT, Peer
+from fdbroker.lender.parts import IDLE, LENT, Peer, Wish
 
 from .kit import CutLedger, Descriptors, Rig, buffer_for, reload, view
 
@@ -65,7 +65,7 @@ def test_a_grant_is_one_word_and_the_time_of_it(rig: Rig):
     before = bytes(rig.ledger.buffer)
     rig.give_back(holder)
     commits = {session_at(holder.slot), session_at(waiting.slot)}
-    assert changed(before, rig.ledger.buffer) - commits == {session_at(waiting.slot) + 5}
+    assert changed(before, rig.ledger.buffer) - commits == {session_at(waiting.slot) + 3}
     assert rig.ledger.read_session(waiting.slot)[3].since == rig.now
 
 
@@ -109,7 +109,7 @@ def test_the_id_of_a_session_is_never_rewritten(rig: Rig):
     rig.put("a")
     ledger = CutLedger(bytearray(rig.ledger.buffer))
     loaded = reload(ledger, {0: client.peer}, rig.now)
-    loaded.borrow(loaded.sessions[0], 1, ["a"], rig.now, purpose="to see")
+    loaded.borrow(loaded.sessions[0], 1, Wish(("a",), purpose="to see"), rig.now)
     assert len(ledger.copies) > 2
     for copy in ledger.copies:
         assert words(copy)[session_at(0) + 1] == client.id
@@ -131,9 +131,10 @@ def test_the_layout_is_what_the_magic_number_stands_for():
     rig.borrow(client, "tty", "web", exclusive=True, readonly=True, purpose="x")
     seen = words(rig.ledger.buffer)
     assert seen[:8] == [MAGIC, 2, 2, 2, 2, 3, 1, 0]  # next: session 2, generation 3, arrival 1
-    assert seen[8:15] == [2 << 8 | LENT, 1, 2, 0, 0, 7, 0]  # commit, id, seq, ..., since, deadline
-    fields = struct.unpack("=IIIHH2s", bytes(rig.ledger.buffer[15 * 8 : 15 * 8 + 18]))
-    assert fields == (1, 0, 2, 3, 1, b"x\0")  # entry, cell, members, flags, purpose
+    assert seen[8:12] == [2 << 8 | LENT, 1, 2, 7]  # commit, id, seq, since
+    fields = struct.unpack("=IIIHH", bytes(rig.ledger.buffer[12 * 8 : 14 * 8]))
+    assert fields == (1, 0, 2, 3, 1)  # entry, cell, members, flags, size of the purpose
+    assert bytes(rig.ledger.buffer[17 * 8 : 17 * 8 + 2]) == b"x\0"
     web = 8 + 2 * 25
     assert seen[web : web + 4] == [1 << 8 | 1, client.id, 1, 1000 * 10**9]
     name = bytes(rig.ledger.buffer[(web + 5) * 8 : (web + 5) * 8 + 3])
@@ -158,7 +159,7 @@ def test_records_are_of_fixed_width():
     assert changed(before, rig.ledger.buffer) <= mine | {5}
     assert first <= {*range(entry_at(rig, 0), entry_at(rig, 1)), 5}
     loaded = rig.reload()
-    assert loaded.sessions[1].loan.purpose == "ü" * 64
+    assert loaded.sessions[1].wish.purpose == "ü" * 64
     assert set(loaded.names) == {"a", "n" * 255}
     rig.check()
     rig.descriptors.abandon(rig.lender)
@@ -169,16 +170,17 @@ def test_a_shorter_purpose_does_not_show_the_end_of_a_longer_one(rig: Rig):
     rig.put("a")
     for purpose in ("a long story", "short", ""):
         rig.borrow(client, "a", purpose=purpose)
-        assert rig.reload().sessions[0].loan.purpose == purpose
+        assert rig.reload().sessions[0].wish.purpose == purpose
         rig.give_back(client)
 
 
 def test_records_come_back_as_they_were_written():
     ledger = Ledger(buffer_for((2, 2, 8)), 2, 2, 8)
-    record = SessionRecord(1, 2, 3, 4, 5, 6, 7, 8, 9, 4, b"why?")
+    record = SessionRecord(1, 2, 3, 4, 5, 6, 4, 7, 8, 9, b"why?")
     ledger.write_session_id(1, 12)
-    ledger.write_session(1, record)
-    ledger.commit_session(1, 2**53, LENT)
+    ledger.write_loan(1, *record[:6], b"why?")
+    ledger.write_wait(1, *record[7:10])
+    ledger.commits[1] = 2**53 << 8 | LENT
     assert ledger.read_session(1) == (2**53, LENT, 12, record)
     assert ledger.session_states() == [0, LENT]
     ledger.write_cells([5, 2, 7], [1, 0, 1])
@@ -261,7 +263,7 @@ def use_a_little(buffer: memoryview) -> tuple[Lender, Descriptors]:
     session = lender.open(Peer(1000, 1000, 1))
     for name in "abc":
         lender.put(None, 0, name, b"", descriptors.new(), 1, 5)
-    lender.borrow(session, 1, ["a", "b"], 5)
+    lender.borrow(session, 1, Wish(("a", "b")), 5)
     return lender, descriptors
 
 

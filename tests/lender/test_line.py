@@ -187,7 +187,7 @@ def test_an_unknown_name_among_several_leaves_nothing_behind(lot: Rig):
     with pytest.raises(UnknownTicket):
         lot.borrow(client, "a", b"no such ticket")
     assert lot.ledger.buffer == before
-    assert (client.state, client.seq, client.loan) == (IDLE, 0, None)
+    assert (client.state, client.seq, client.wish) == (IDLE, 0, None)
 
 
 def test_what_cannot_be_a_name_is_said_to_be_none(lot: Rig):
@@ -203,7 +203,7 @@ def test_a_loan_that_could_not_be_sent_is_taken_back(lot: Rig):
     lot.borrow(waiting, "a")
     lot.lender.take_back(holder, lot.now)
     assert lot.granted() == [waiting]
-    assert (holder.state, holder.seq, holder.loan) == (IDLE, 1, None)
+    assert (holder.state, holder.seq, holder.wish) == (IDLE, 1, None)
 
 
 def test_a_nameless_entry_is_borrowed_by_its_ticket(lot: Rig):
@@ -399,7 +399,7 @@ def test_no_room_for_a_loan_of_several_leaves_nothing_behind():
             rig.borrow(second, "a", "b", "c", exclusive=exclusive)
         assert caught.value.limit == 3
     assert rig.ledger.buffer == before
-    assert (second.state, second.loan, rig.lender.waiting) == (IDLE, None, 0)
+    assert (second.state, second.wish, rig.lender.waiting) == (IDLE, None, 0)
     assert rig.lender.names["a"].fd.refs == 2
     assert rig.borrow(second, "a", "b")  # one cell is left, and it is enough
     rig.give_back(second)

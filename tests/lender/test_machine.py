@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from fdbroker.errors import FDBrokerError
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import Peer
+from fdbroker.lender.parts import Peer, Wish
 
 from .kit import (
     ROOM,
@@ -96,7 +96,7 @@ class Machine(RuleBasedStateMachine):
     def drain(self) -> list:
         decided = list(self.lender.decisions)
         for session, _, error in decided:
-            assert error is None or session.loan is None
+            assert error is None or session.wish is None
         self.lender.decisions.clear()
         self.at_closer += self.lender.closings
         self.lender.closings.clear()
@@ -259,20 +259,11 @@ class Machine(RuleBasedStateMachine):
         session = self.pick_session(pick)
         if session is None:
             return
-        now = self.now
+        now, wish = self.now, Wish(tuple(names), exclusive, readonly, timeout, purpose)
         self.request(
             "borrow",
             session,
-            lambda lender, whose, seq: lender.borrow(
-                whose,
-                seq,
-                names,
-                now,
-                exclusive=exclusive,
-                readonly=readonly,
-                timeout=timeout,
-                purpose=purpose,
-            ),
+            lambda lender, whose, seq: lender.borrow(whose, seq, wish, now),
             lambda model, whose, seq: model.borrow(
                 whose, seq, names, now, exclusive, readonly, timeout, purpose
             ),
@@ -439,7 +430,7 @@ class Machine(RuleBasedStateMachine):
         assert len(set(self.descriptors.closed)) == len(self.descriptors.closed) == self.closes
         for entry in self.lender.entries.values():
             assert not entry.fd.closed
-            lent = sum(session.loan.entries.count(entry) for session in entry.holders.values())
+            lent = sum(session.entries.count(entry) for session in entry.holders.values())
             assert entry.fd.refs == lent + 1
 
     @invariant()
@@ -455,7 +446,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def exclusive_is_alone(self) -> None:
         for entry in self.lender.entries.values():
-            if any(session.loan.exclusive for session in entry.holders.values()):
+            if any(session.wish.exclusive for session in entry.holders.values()):
                 assert len(entry.holders) == 1
 
     def teardown(self) -> None:

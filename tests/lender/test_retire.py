@@ -34,8 +34,8 @@ def test_a_retired_entry_refuses_at_once_and_its_name_is_free(rig: Rig):
         old.fd.incref()
     new = rig.put("web")
     assert rig.borrow(late, "web")
-    assert late.loan.entries == [new]
-    assert holder.loan.entries == [old]
+    assert late.entries == [new]
+    assert holder.entries == [old]
 
 
 def test_the_close_is_deferred_until_the_last_loan_is_back(rig: Rig):
@@ -324,7 +324,7 @@ def test_an_ephemeral_entry_is_its_makers_after_a_load(rig: Rig):
 def test_an_ephemeral_entry_without_its_session_retires_at_the_load(rig: Rig):
     (maker,) = rig.clients(1)
     rig.put("mine", by=maker, ephemeral=True)
-    rig.ledger.commit_session(maker.slot, 0, 0)  # as if it had been forgotten without a clear
+    rig.ledger.commits[maker.slot] = 0  # as if it had been forgotten without a clear
     loaded = rig.reload()
     assert loaded.names == {}
     assert [entry.name for entry in loaded.closings] == ["mine"]
