@@ -178,7 +178,7 @@ class Raw:
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         if hello:
-            self.send(HELLO, 0, 1)
+            self.send(HELLO, 0, 1, True)  # it may bring descriptors
             assert self.receive() == ([0, 0, 1], [])
 
     def send(self, *message: Any, fds: Sequence[int] = ()) -> None:

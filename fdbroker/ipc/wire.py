@@ -7,6 +7,7 @@ refusal is no such thing.  What was received belongs to `owned` until it is hand
 
 from __future__ import annotations
 
+import errno
 import select
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,8 +122,9 @@ class Wire:
         """Whether the broker never saw the request, or it stayed with this process's parent."""
         if isinstance(error, BrokenPipeError):
             return True
-        ended_here = isinstance(error, OSError) and self.sock.fileno() < 0
-        return ended_here or (self.forked and isinstance(error, Exception))
+        if isinstance(error, OSError) and error.errno == errno.EBADF:
+            return self.sock.fileno() < 0  # it was ended here
+        return self.forked and isinstance(error, Exception)
 
     # --- receiving ---
 
