@@ -16,8 +16,8 @@ import signal
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
+from fdbroker.ipc.listener import Listener
 from fdbroker.ipc.server import Server
-from fdbroker.ipc.unix import Listener
 from fdbroker.lender import Ledger, Lender
 
 if TYPE_CHECKING:

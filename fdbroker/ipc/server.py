@@ -52,6 +52,7 @@ from fdbroker.lender.parts import CLOSING, LENT, WAITING, Peer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
 
 READABLE = int(select.EPOLLIN)
@@ -67,9 +68,7 @@ log = logging.getLogger("fdbroker")
 class Server:
     """Serves the books of `lender` at `listener`, until it has drained."""
 
-    def __init__(
-        self, listener: unix.Listener, lender: Lender, custody: Custody | None = None
-    ) -> None:
+    def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
         self.listener = listener
         self.lender = lender
         self.custody = custody or Custody()
