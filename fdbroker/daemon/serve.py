@@ -55,7 +55,12 @@ def _serve(address: str, ready_fd: int | None, owner_fd: int | None, drain_secon
     sessions = _raise_file_limit()
     buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
     lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
-    server = Server(Listener(address), lender)
+    listener = Listener(address)
+    try:
+        server = Server(listener, lender)
+    except BaseException:
+        listener.close()
+        raise
     try:
         with _signals(server, drain_seconds):
             if owner_fd is not None:

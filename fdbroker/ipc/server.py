@@ -180,8 +180,7 @@ class Server:
                 self.workers.submit(Close(self.lender.closings.popleft()))
 
     def _finish_jobs(self) -> None:
-        for job in self.workers.finished():
-            job.finish(self)
+        self.workers.finish(self)
 
     # --- sessions ---
 
