@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 from fdbroker import __version__
@@ -14,8 +13,6 @@ from fdbroker.ipc.address import default_address
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit status: 0, 1 for an error, 2 for misuse."""
     options = _parser().parse_args(arguments)
-    level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="fdbroker: %(message)s")
     try:
         return int(options.run(options))
     except (FDBrokerError, OSError) as error:
@@ -48,12 +45,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from fdbroker.daemon import log
     from fdbroker.daemon.serve import serve
 
-    serve(
-        options.socket or default_address(),
-        ready_fd=options.ready_fd,
-        owner_fd=options.owner_fd,
-        drain_seconds=options.drain,
-    )
+    with log.to_stderr(verbose=options.verbose):
+        serve(
+            options.socket or default_address(),
+            ready_fd=options.ready_fd,
+            owner_fd=options.owner_fd,
+            drain_seconds=options.drain,
+        )
     return 0
