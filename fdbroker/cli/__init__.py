@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from fdbroker import __version__
 from fdbroker.errors import FDBrokerError
 from fdbroker.ipc.address import default_address
+
+# with a width of its own: to ask the terminal, argparse imports shutil, and so zlib, bz2 and lzma
+HelpFormatter = partial(argparse.HelpFormatter, width=78)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fdbroker",
         description="Keep open file descriptors under names and lend them to other processes.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fdbroker {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
@@ -33,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run a broker in the foreground",
         description="Run a broker in the foreground.  SIGTERM waits for the loans, for at most "
         "the drain time; a second one stops it now.",
+        formatter_class=HelpFormatter,
     )
     serve.add_argument("--socket", metavar="PATH", help="where to listen (default: see the README)")
     serve.add_argument("--ready-fd", metavar="N", type=int, help="write a newline to N when ready")
