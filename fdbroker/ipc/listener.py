@@ -65,8 +65,8 @@ class Listener:
             self.sock.bind(self.address)
         finally:
             os.umask(mask)
-        self._file = os.lstat(self.address)
         self.sock.listen(BACKLOG)
+        self._file = os.lstat(self.address)
 
     def accept(self) -> socket.socket | None:
         """A new connection, if one is still there."""

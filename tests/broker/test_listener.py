@@ -17,20 +17,17 @@ from fdbroker.errors import AlreadyServing, BadAddress
 from fdbroker.ipc.address import PATH_BYTES
 from fdbroker.ipc.listener import Listener
 
+from .puppet import is_served
+
 
 def listening(path: Path) -> contextlib.closing[Listener]:
     return contextlib.closing(Listener(str(path)))
 
 
-def answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        return sock.connect_ex(str(path)) == 0
-
-
 def test_it_is_there_for_its_owner_alone_and_goes_with_it(tmp_path):
     path = tmp_path / "new" / "folder" / "socket"
     with listening(path):
-        assert answers(path)
+        assert is_served(str(path))
         assert stat.S_IMODE(path.lstat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert os.listdir(path.parent) == ["socket.lock"]
@@ -41,9 +38,9 @@ def test_one_at_a_time(tmp_path):
     with listening(path):
         with pytest.raises(AlreadyServing):
             Listener(str(path))
-        assert answers(path)
+        assert is_served(str(path))
     with listening(path):
-        assert answers(path)
+        assert is_served(str(path))
 
 
 def test_a_stale_socket_is_replaced(tmp_path):
@@ -51,7 +48,7 @@ def test_a_stale_socket_is_replaced(tmp_path):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     with listening(path):
-        assert answers(path)
+        assert is_served(str(path))
 
 
 def make_file(path: Path) -> None:
@@ -110,13 +107,13 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path, mode):
     assert os.listdir(folder) == []
     folder.chmod(mode | stat.S_ISVTX)  # as /tmp is
     with listening(folder / "socket"):
-        assert answers(folder / "socket")
+        assert is_served(str(folder / "socket"))
 
 
 def test_a_folder_that_others_can_read_will_do(tmp_path):
     tmp_path.chmod(0o755)
     with listening(tmp_path / "socket"):
-        assert answers(tmp_path / "socket")
+        assert is_served(str(tmp_path / "socket"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another uid")
@@ -137,7 +134,7 @@ def test_a_folder_of_roots_will_do(tmp_path, monkeypatch):
     def unprivileged() -> bool:
         os.setuid(65534)
         with listening(Path("socket")):
-            return answers(Path("socket"))
+            return is_served("socket")
 
     assert in_fork(unprivileged)
 

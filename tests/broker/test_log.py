@@ -20,7 +20,7 @@ from support import wait_until
 import fdbroker
 from fdbroker.daemon.log import LINE_BYTES, QUEUE_BYTES, Writer
 
-from .puppet import Process
+from .puppet import Process, is_served
 
 SOON = 3.0
 LOST = re.compile(rb"event=log-lines-lost count=(\d+)\n")
@@ -73,7 +73,7 @@ def served(tmp_path, pipe):
     command = [sys.executable, "-m", "fdbroker", "serve", "--socket", address]
     with subprocess.Popen(command, stderr=pipe.theirs) as popen, Process(popen.pid) as process:
         os.close(pipe.theirs)
-        wait_until(lambda: os.path.exists(address))
+        wait_until(lambda: is_served(address))
         yield address, process
         if not process.gone(SOON):
             popen.kill()

@@ -21,7 +21,7 @@ from fdbroker.errors import BrokerGone, CloseFailed
 from fdbroker.ipc.jobs import Discard
 from fdbroker.ipc.workers import THREADS
 
-from .puppet import Puppet
+from .puppet import Puppet, is_served
 
 SOON = 5.0
 
@@ -34,7 +34,7 @@ def broker_with(folder: Path, plant: str) -> Iterator[tuple[fdbroker.Client, Pup
         server.do(f"folder = {str(folder)!r}")
         server.do(plant)
         server.begin(f"from fdbroker.daemon.serve import serve\nserve({address!r})")
-        wait_until(lambda: os.path.exists(address))
+        wait_until(lambda: is_served(address))
         with fdbroker.Client(address) as client:
             yield client, server
         server.signal(signal.SIGTERM)
