@@ -36,9 +36,16 @@ def broker_with(folder: Path, plant: str) -> Iterator[tuple[fdbroker.Client, Pup
         server.begin(f"from fdbroker.daemon.serve import serve\nserve({address!r})")
         wait_until(lambda: is_served(address))
         with fdbroker.Client(address) as client:
+            wait_until(lambda: is_alone(client))
             yield client, server
         server.signal(signal.SIGTERM)
         server.result()
+
+
+def is_alone(client: fdbroker.Client) -> bool:
+    """Whether the broker has done with all others."""
+    stats = client.stats()
+    return (stats["connections"], stats["jobs"]) == (1, 0)
 
 
 def complaints(folder: Path) -> int:
@@ -154,7 +161,6 @@ FAIL = """
 
 def test_a_put_that_fails_in_a_thread_ends_its_session(tmp_path, data_file):
     with broker_with(tmp_path, FAIL.format("inspect")) as (client, server):
-        client.stats()
         before = targets(server.pid)
         for _ in range(3):
             with pytest.raises(BrokerGone):
@@ -186,7 +192,6 @@ def test_an_answer_that_fails_ends_its_session(tmp_path, data_file):
         Lender.put = fail
     """
     with broker_with(tmp_path, plant) as (client, server):
-        client.stats()
         before = targets(server.pid)
         with pytest.raises(BrokerGone):
             client.put("bad", data_file)
