@@ -15,7 +15,7 @@ import socket
 import stat
 import struct
 from enum import IntEnum
-from fcntl import F_GETFL, fcntl
+from fcntl import F_GETFL, F_SETFL, fcntl
 
 from fdbroker.errors import UnsupportedKind
 
@@ -57,6 +57,7 @@ class Kind(IntEnum):
     EPOLL = 34
     IO_URING = 35
     CONNECTED_UNIX_SOCKET = 36
+    IDLE_UNIX_SOCKET = 37
 
     @property
     def label(self) -> str:
@@ -72,6 +73,10 @@ REFUSED = {
     Kind.CONNECTED_UNIX_SOCKET: (
         "it can carry descriptors itself, so it could be sent through itself and never be freed "
         "(unix(7)); lend its listening socket"
+    ),
+    Kind.IDLE_UNIX_SOCKET: (
+        "it neither listens nor is connected, so a borrower could connect it, even to this broker, "
+        "as a session that would never end; put it after listen()"
     ),
 }
 
@@ -124,7 +129,8 @@ def reopen_read_only(fd: int) -> int:
     """A fresh read-only open file description of the same file; the number is the caller's.
 
     Only of regular files and memfds that can be read through `fd` already.  The kernel opens them
-    anew through /proc/self/fd, with the rights of this process (proc(5)).
+    anew through /proc/self/fd, with the rights of this process (proc(5)).  A lease on the file
+    (fcntl(2), F_SETLEASE) is never waited for: its holder could make that last most of a minute.
     """
     kind, _ = inspect(fd)
     if kind not in (Kind.FILE, Kind.MEMFD):
@@ -134,10 +140,20 @@ def reopen_read_only(fd: int) -> int:
         raise UnsupportedKind(kind.label, "it was put for writing only, a loan is never wider")
     if kind is Kind.FILE and _file_system(fd) in PSEUDO_FILE_SYSTEMS:
         raise UnsupportedKind(kind.label, "opening a file of this file system has side effects")
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        fresh = os.open(f"/proc/self/fd/{fd}", flags)
     except FileNotFoundError:
         raise UnsupportedKind(kind.label, "the broker has no /proc to open it anew") from None
+    except BlockingIOError:
+        reason = "another process has a lease on it, which it is asked to give up: try again"
+        raise UnsupportedKind(kind.label, reason) from None
+    try:
+        fcntl(fresh, F_SETFL, fcntl(fresh, F_GETFL) & ~os.O_NONBLOCK)
+    except BaseException:
+        os.close(fresh)
+        raise
+    return fresh
 
 
 def switch_linger_off(fd: int) -> None:
@@ -161,8 +177,11 @@ def _inspect_socket(fd: int) -> tuple[Kind, str]:
     sock = socket.socket(fileno=fd)
     try:
         listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if sock.family == socket.AF_UNIX and not listening and _connected(sock):
-            return Kind.CONNECTED_UNIX_SOCKET, ""
+        if sock.family == socket.AF_UNIX and not listening:
+            if _connected(sock):
+                return Kind.CONNECTED_UNIX_SOCKET, ""
+            if sock.type != socket.SOCK_DGRAM:
+                return Kind.IDLE_UNIX_SOCKET, ""
         if listening:
             kind = Kind.LISTENING_SOCKET
         elif sock.type == socket.SOCK_STREAM:

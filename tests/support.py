@@ -23,6 +23,7 @@ from typing import Any
 import msgpack
 
 import fdbroker
+from fdbroker.ipc import unix
 
 PATIENCE = 20.0  # seconds; what takes longer has failed
 kept: dict[str, Any] = {}  # what the functions of another process leave for the next ones
@@ -170,15 +171,22 @@ HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(
 SHARED = [0, None, ""]  # the fields of a plain borrow after the name
 
 
-class Raw:
-    """A session at a broker that sends what it is told to, right or wrong."""
+def can_refuse_descriptors() -> bool:
+    """Whether the kernel has SO_PASSRIGHTS (Linux 6.16)."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        return unix.refuse_descriptors(one)
 
-    def __init__(self, address: str, *, hello: bool = True) -> None:
+
+class Raw:
+    """A session at a broker that sends what it is told to, right or wrong; it may put."""
+
+    def __init__(self, address: str, *, hello: bool = True, puts: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         if hello:
-            self.send(HELLO, 0, 1, True)  # it may bring descriptors
+            self.send(HELLO, 0, 1, puts)
             assert self.receive() == ([0, 0, 1], [])
 
     def send(self, *message: Any, fds: Sequence[int] = ()) -> None:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -100,8 +101,21 @@ def test_unix_sockets(stack: ExitStack, tmp_path: Path) -> None:
     abstract = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     abstract.bind(f"\0fdbroker-{os.getpid()}")
     assert inspect(abstract.fileno()) == (Kind.DATAGRAM_SOCKET, f"unix:@fdbroker-{os.getpid()}")
-    fresh = stack.enter_context(socket.socket(socket.AF_UNIX))
-    assert inspect(fresh.fileno()) == (Kind.STREAM_SOCKET, "unix:")
+
+
+@pytest.mark.parametrize("type", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_unix_socket_is_nobodys_to_connect(stack: ExitStack, tmp_path: Path, type: int) -> None:
+    """Not before it is bound, nor bound; once it listens, connect(2) refuses it."""
+    sock = stack.enter_context(socket.socket(socket.AF_UNIX, type))
+    with pytest.raises(UnsupportedKind, match=r"idle unix socket.*after listen"):
+        inspect(sock.fileno())
+    sock.bind(str(tmp_path / "s"))
+    with pytest.raises(UnsupportedKind, match="idle unix socket"):
+        inspect(sock.fileno())
+    sock.listen()
+    assert inspect(sock.fileno())[0] == Kind.LISTENING_SOCKET
+    with pytest.raises(OSError, match="Invalid argument"):
+        sock.connect(str(tmp_path / "s"))
 
 
 def test_other_sockets(stack: ExitStack) -> None:
@@ -137,6 +151,9 @@ def refused(stack: ExitStack, folder: Path) -> Iterator[tuple[Kind, int]]:
     yield Kind.EPOLL, stack.enter_context(select.epoll()).fileno()
     for end in socket.socketpair():
         yield Kind.CONNECTED_UNIX_SOCKET, stack.enter_context(end).fileno()
+    for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM):
+        yield Kind.CONNECTED_UNIX_SOCKET, stack.enter_context(end).fileno()
+    yield Kind.IDLE_UNIX_SOCKET, stack.enter_context(socket.socket(socket.AF_UNIX)).fileno()
     if (number := LIBC.syscall(425, 4, (ctypes.c_uint32 * 30)())) >= 0:  # io_uring_setup(2)
         yield Kind.IO_URING, owned(stack, number)
 
@@ -172,6 +189,18 @@ def test_a_reopened_file_is_another_description(stack: ExitStack, tmp_path: Path
     assert flags & os.O_ACCMODE == os.O_RDONLY
     assert not flags & (os.O_APPEND | os.O_NONBLOCK)
     assert fcntl.fcntl(fresh, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+
+
+def test_a_lease_is_not_waited_for(stack: ExitStack, tmp_path: Path) -> None:
+    """open(2) waits until the holder gives it up, /proc/sys/fs/lease-break-time seconds at most."""
+    number = owned(stack, os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT))
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    stack.callback(signal.signal, signal.SIGIO, before)
+    fcntl.fcntl(number, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    with pytest.raises(UnsupportedKind, match=r"a lease on it.*try again"):
+        reopen_read_only(number)
+    fcntl.fcntl(number, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    os.close(reopen_read_only(number))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another uid")

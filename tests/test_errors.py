@@ -26,11 +26,11 @@ import fdbroker
 from fdbroker import errors
 from fdbroker.daemon.serve import serve
 from fdbroker.errors import FDBrokerError, NoBroker, by_code
+from fdbroker.ipc.listener import Listener
 from fdbroker.ipc.messages import LOANS, STATS, check_reply, decode_reply, encode_error
 from fdbroker.ipc.pool import Pool
 from fdbroker.ipc.server import Server
 from fdbroker.ipc.session import Session
-from fdbroker.ipc.unix import Listener
 from fdbroker.lender import Ledger, Lender
 from fdbroker.rc import FD
 

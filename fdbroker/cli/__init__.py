@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+from functools import partial
 
 from fdbroker import __version__
 from fdbroker.errors import FDBrokerError
 from fdbroker.ipc.address import default_address
 
+# with a width of its own: to ask the terminal, argparse imports shutil, and so zlib, bz2 and lzma
+HelpFormatter = partial(argparse.HelpFormatter, width=78)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit status: 0, 1 for an error, 2 for misuse."""
     options = _parser().parse_args(arguments)
-    level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="fdbroker: %(message)s")
     try:
         return int(options.run(options))
     except (FDBrokerError, OSError) as error:
@@ -27,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fdbroker",
         description="Keep open file descriptors under names and lend them to other processes.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fdbroker {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
@@ -36,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run a broker in the foreground",
         description="Run a broker in the foreground.  SIGTERM waits for the loans, for at most "
         "the drain time; a second one stops it now.",
+        formatter_class=HelpFormatter,
     )
     serve.add_argument("--socket", metavar="PATH", help="where to listen (default: see the README)")
     serve.add_argument("--ready-fd", metavar="N", type=int, help="write a newline to N when ready")
@@ -48,12 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from fdbroker.daemon import log
     from fdbroker.daemon.serve import serve
 
-    serve(
-        options.socket or default_address(),
-        ready_fd=options.ready_fd,
-        owner_fd=options.owner_fd,
-        drain_seconds=options.drain,
-    )
+    with log.to_stderr(verbose=options.verbose):
+        serve(
+            options.socket or default_address(),
+            ready_fd=options.ready_fd,
+            owner_fd=options.owner_fd,
+            drain_seconds=options.drain,
+        )
     return 0

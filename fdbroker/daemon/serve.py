@@ -16,16 +16,18 @@ import signal
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
+from fdbroker.ipc.listener import Listener
 from fdbroker.ipc.server import Server
-from fdbroker.ipc.unix import Listener
 from fdbroker.lender import Ledger, Lender
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-ENTRIES = 131_072  # room in the ledger; pages that are never written take no memory
+SESSIONS = 1_048_576  # room in the ledger; pages that are never written take no memory
+ENTRIES = 131_072
 CELLS = 262_144
+NR_OPEN = 1_048_576  # fs.nr_open as it is if nobody has set it (proc_sys_fs(5))
 DRAIN_SECONDS = 10.0
 
 log = logging.getLogger("fdbroker")
@@ -52,10 +54,15 @@ def serve(
 
 
 def _serve(address: str, ready_fd: int | None, owner_fd: int | None, drain_seconds: float) -> None:
-    sessions = _raise_file_limit()
+    sessions = min(_raise_file_limit(), SESSIONS)
     buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
     lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
-    server = Server(Listener(address), lender)
+    listener = Listener(address)
+    try:
+        server = Server(listener, lender)
+    except BaseException:
+        listener.close()
+        raise
     try:
         with _signals(server, drain_seconds):
             if owner_fd is not None:
@@ -70,10 +77,32 @@ def _serve(address: str, ready_fd: int | None, owner_fd: int | None, drain_secon
 
 
 def _raise_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one: the result."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return min(hard, 1_048_576)  # fs.nr_open, where the limit is "unlimited"
+    """Raise the soft limit of open files as far as it goes: the result."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = file_limit(hard, _nr_open())
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    except ValueError as error:  # EPERM: there is no /proc, and fs.nr_open is less
+        log.warning('event=file-limit-not-raised limit=%d reason="%s"', soft, error)
+        return soft
+    return limit
+
+
+def file_limit(hard: int, nr_open: int) -> int:
+    """The most that can be had.
+
+    The hard limit may be none at all, or be left from a time when fs.nr_open was higher, which is
+    above it everywhere: in open(2), and in setrlimit(2), where to ask for more is EPERM.
+    """
+    return nr_open if hard == resource.RLIM_INFINITY else min(hard, nr_open)
+
+
+def _nr_open() -> int:
+    try:
+        with open("/proc/sys/fs/nr_open") as file:
+            return int(file.read())
+    except OSError:  # no /proc
+        return NR_OPEN
 
 
 def _watch_owner(server: Server, owner_fd: int) -> None:

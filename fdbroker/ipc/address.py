@@ -1,8 +1,12 @@
-"""Where the broker's socket is when nobody says so."""
+"""Where the broker's socket is when nobody says so, and what can be the path of one."""
 
 from __future__ import annotations
 
 import os
+
+from fdbroker.errors import BadAddress
+
+PATH_BYTES = 107  # sun_path, less its final NUL
 
 
 def default_address() -> str:
@@ -22,3 +26,11 @@ def default_address() -> str:
     if os.geteuid() == 0:
         return "/run/fdbroker/broker.sock"
     return os.path.join(env.get("TMPDIR") or "/tmp", f"fdbroker-{os.geteuid()}", "broker.sock")
+
+
+def check_path(address: str) -> None:
+    """`BadAddress` for what the kernel would not take as the path of a socket."""
+    if not address or "\0" in address:
+        raise BadAddress(address, "it must be a path")
+    if len(os.fsencode(address)) > PATH_BYTES:
+        raise BadAddress(address, f"a socket's path has at most {PATH_BYTES} bytes (unix(7))")

@@ -9,12 +9,12 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from fdbroker import descriptors
-from fdbroker.errors import BrokerClosing, FDBrokerError, UnsupportedKind
+from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError, UnsupportedKind
 from fdbroker.ipc import unix
 from fdbroker.ipc.connection import ENDED
 from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode, encode_error
 from fdbroker.ipc.session import too_many_files
-from fdbroker.ipc.workers import Job
+from fdbroker.ipc.workers import CLOSING, Job
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
@@ -31,19 +31,34 @@ class Request(Job):
     """A request of a client.  Its session is not cleared before it is back."""
 
     connection: Connection
+    seq: int
+    cancelled = 0  # the seq of the CANCEL that came meanwhile
 
     def finish(self, server: Server) -> None:
         server.job_is_back(self.connection)
-        self.answer(server)
-        if self.connection.state == ENDED:
+        answered = False
+        try:
+            if not self.failure:
+                self.answer(server)
+                answered = True
+        except Exception:
+            log.exception("event=error %s", self.connection)
+        if self.cancelled:
+            server.lender.advance(self.connection.session, self.cancelled)
+        if left := self.give_away():
+            server.workers.submit(Discard(left))
+        if (
+            not answered or self.connection.state == ENDED
+        ):  # never leave a client that waits for ever
             server.end(self.connection)
-
-    def cancel(self) -> None:
-        """The client has given up on it."""
 
     @abstractmethod
     def answer(self, server: Server) -> None:
         """What follows, and the reply."""
+
+    @abstractmethod
+    def give_away(self) -> list[int]:
+        """The descriptors that it still has, which are the caller's from now on."""
 
 
 class Put(Request):
@@ -54,46 +69,58 @@ class Put(Request):
         self.seq = seq
         self.name = name
         self.flags = flags
-        self.sysfd = sysfd
-        self.fd: FD | None = None
+        self.sysfds = [sysfd]  # until it is the FD's
+        self.fd: FD | None = None  # until it is the entry's
         self.kind = descriptors.Kind.OTHER
         self.where = ""
         self.error: FDBrokerError | None = None
 
     def run(self) -> None:
+        (sysfd,) = self.sysfds
         try:
-            self.kind, self.where = descriptors.inspect(self.sysfd)
-            self.fd = FD(self.sysfd)
+            self.kind, self.where = descriptors.inspect(sysfd)
+            self.fd = FD(sysfd)
+            self.sysfds = []
         except FDBrokerError as error:
             self.error = error
         except OSError as error:
             self.error = UnsupportedKind("unknown", f"it cannot be looked at ({error.strerror})")
-        if self.error is not None:
-            os.close(self.sysfd)
+
+    def give_away(self) -> list[int]:
+        sysfds, self.sysfds = self.sysfds, []
+        if self.fd is not None:
+            sysfds.append(self.fd.detach())
+            self.fd = None
+        return sysfds
 
     def answer(self, server: Server) -> None:
-        if self.fd is None:
-            assert self.error is not None
-            self._refuse(server, self.error)
-            return
         try:
-            entry = self._enter(server, self.fd)
+            entry = self._enter(server)
         except FDBrokerError as error:
-            server.workers.submit(Discard([self.fd.detach()]))
-            self._refuse(server, error)
+            server.lender.advance(self.connection.session, self.seq)
+            server.reply(self.connection, encode_error(self.seq, error))
             return
         entry.where = self.where
         entry.ancillary = unix.rights((entry.sysfd,))
         server.custody.keep_entry(entry.slot, entry.sysfd)
         server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
 
-    def _refuse(self, server: Server, error: FDBrokerError) -> None:
-        server.lender.advance(self.connection.session, self.seq)
-        server.reply(self.connection, encode_error(self.seq, error))
-
-    def _enter(self, server: Server, fd: FD) -> Entry:
+    def _enter(self, server: Server) -> Entry:
+        if self.error is not None:
+            raise self.error
         if server.draining or self.connection.state == ENDED:
             raise BrokerClosing()
+        if self.cancelled:
+            raise EntryRetired(self.name)
+        assert self.fd is not None
+        fd, self.fd = self.fd, None
+        try:
+            return self._put(server, fd)
+        except FDBrokerError:
+            self.fd = fd  # it was not taken
+            raise
+
+    def _put(self, server: Server, fd: FD) -> Entry:
         return server.lender.put(
             self.connection.session,
             self.seq,
@@ -110,13 +137,13 @@ class Put(Request):
 class Discard(Job):
     """Close what was not kept, or was opened for one message only."""
 
+    lane = CLOSING
+
     def __init__(self, fds: list[int]) -> None:
         self.fds = fds
 
     def run(self) -> None:
-        for fd in self.fds:
-            descriptors.switch_linger_off(fd)
-            os.close(fd)
+        close_each(self.fds)
 
     def finish(self, server: Server) -> None:
         server.resume_accepting()
@@ -125,20 +152,34 @@ class Discard(Job):
 class HangUp(Job):
     """Close the socket of a session that was shut down, with what is unread in it."""
 
+    lane = CLOSING
+
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
 
     def run(self) -> None:
         with self.sock:
             for fds in unix.never_read(self.sock):
-                Discard(fds).run()
+                close_each(fds)
 
     def finish(self, server: Server) -> None:
         server.resume_accepting()
 
 
+def close_each(fds: list[int]) -> None:
+    """Close all of them, also after one that reports an error: it is gone too (close(2))."""
+    for fd in fds:
+        descriptors.switch_linger_off(fd)
+        try:
+            os.close(fd)
+        except OSError as error:
+            log.warning('event=discard-failed error="%s"', error.strerror)
+
+
 class Close(Job):
     """Give back an entry's last reference: the final close."""
+
+    lane = CLOSING
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -153,6 +194,8 @@ class Close(Job):
             self.error = error
 
     def finish(self, server: Server) -> None:
+        if self.failure:
+            self.error = OSError(self.failure)
         if self.error is not None:
             log.error("event=close-failed entry=%s error=%r", self.entry.name, str(self.error))
         server.custody.drop_entry(self.entry.slot)
@@ -187,10 +230,12 @@ class Reopen(Request):
                 reason = f"it cannot be opened anew for reading ({error.strerror})"
                 self.error = UnsupportedKind("file", reason)
 
+    def give_away(self) -> list[int]:
+        fresh, self.fresh = self.fresh, []
+        return fresh
+
     def answer(self, server: Server) -> None:
-        if self.error is None and self.connection.state != ENDED:
-            server.hand_over(self.connection, self.seq, self.offset, self.fresh)
-            return
-        server.workers.submit(Discard(self.fresh))
         if self.error is not None:
             server.take_back(self.connection, self.seq, self.error)
+        elif self.connection.state != ENDED:
+            server.hand_over(self.connection, self.seq, self.offset, self.give_away())

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fdbroker.ipc.jobs import Request
+    from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
 
 READABLE = int(select.EPOLLIN)
@@ -80,9 +81,7 @@ log = logging.getLogger("fdbroker")
 class Server:
     """Serves the books of `lender` at `listener`, until it has drained."""
 
-    def __init__(
-        self, listener: unix.Listener, lender: Lender, custody: Custody | None = None
-    ) -> None:
+    def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
         self.listener = listener
         self.lender = lender
         self.custody = custody or Custody()
@@ -211,11 +210,7 @@ class Server:
             self.reply(connection, encode_error(seq, error))
 
     def _finish_jobs(self) -> None:
-        for job in self.workers.finished():
-            try:
-                job.finish(self)
-            except Exception:
-                log.exception("event=error job=%s", type(job).__name__)
+        self.workers.finish(self)
 
     # --- sessions ---
 
@@ -299,15 +294,14 @@ class Server:
 
     def _receive_out_of_turn(self, connection: Connection, verb: int, seq: int) -> None:
         """An old message is ignored, the last borrow is answered again, a gap is a fault."""
-        session = connection.session
-        if seq > session.seq + 1:
-            raise ProtocolError("client", f"after seq {session.seq} came {seq}")
-        if seq == session.seq + 1:  # it is WORKING
-            if verb != CANCEL:
+        session, job = connection.session, connection.job
+        last = session.seq if job is None else max(session.seq, job.seq)
+        if seq > last + 1:
+            raise ProtocolError("client", f"after seq {last} came {seq}")
+        if seq == last + 1:  # it is WORKING
+            if verb != CANCEL or job is None or job.cancelled:
                 raise ProtocolError("client", "it sent a request before it had the last answer")
-            if connection.job is not None:
-                connection.job.cancel()
-            self.lender.advance(session, seq)
+            job.cancelled = seq
         elif (
             connection.state == READY
             and session.state == LENT

@@ -19,9 +19,10 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from fcntl import LOCK_EX, LOCK_NB, flock, ioctl
+from fcntl import ioctl
 
-from fdbroker.errors import AlreadyServing, BadAddress, NoBroker, NotPermitted
+from fdbroker.errors import NoBroker, NotPermitted
+from fdbroker.ipc.address import check_path
 from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import DESCRIPTORS
 
@@ -32,8 +33,6 @@ SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer ha
 # when it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
 LEAST_UNREAD = 256
 SO_PASSRIGHTS = 83  # asm-generic/socket.h
-PATH_BYTES = 107  # sun_path, less its final NUL
-BACKLOG = 1024
 # plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
 RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
 RECEIVE_NOW = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
@@ -218,7 +217,7 @@ def connect(address: str, sock: socket.socket | None = None) -> socket.socket:
     """
     sock = client_socket() if sock is None else sock
     try:
-        _check_path(address)
+        check_path(address)
         sock.connect(address)
     except OSError as error:
         sock.close()
@@ -238,72 +237,3 @@ def _told(error: OSError, address: str) -> OSError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return too_many_files("client")
     return error
-
-
-class Listener:
-    """The broker's listening socket at a path, and the lock beside it that says whose it is.
-
-    The lock (flock(2) on ``PATH.lock``) is held as long as the process lives, so a path whose lock
-    can be had belongs to nobody, and a socket file found there is stale.  `AlreadyServing` if
-    another process has it.
-    """
-
-    def __init__(self, address: str) -> None:
-        _check_path(address)
-        folder = os.path.dirname(address)
-        if folder:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        self.address = address
-        self._lock = os.open(address + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            self._take_lock()
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-            try:
-                self._bind()
-            except BaseException:
-                self.sock.close()
-                raise
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def _take_lock(self) -> None:
-        try:
-            flock(self._lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyServing(self.address) from None
-
-    def _bind(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.address)  # stale: we have the lock
-        mask = os.umask(0o177)
-        try:
-            self.sock.bind(self.address)
-        finally:
-            os.umask(mask)
-        self.sock.listen(BACKLOG)
-
-    def accept(self) -> socket.socket | None:
-        """A new connection, if one is still there."""
-        try:
-            sock, _ = self.sock.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return None
-        return sock
-
-    def close(self) -> None:
-        """Stop listening: the socket file goes, then the lock.
-
-        The lock's own file stays: to unlink it would let two others each lock a file of that name.
-        """
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.address)
-        self.sock.close()
-        os.close(self._lock)
-
-
-def _check_path(address: str) -> None:
-    if not address or "\0" in address:
-        raise BadAddress(address, "it must be a path")
-    if len(os.fsencode(address)) > PATH_BYTES:
-        raise BadAddress(address, f"a socket's path has at most {PATH_BYTES} bytes (unix(7))")

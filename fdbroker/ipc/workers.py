@@ -2,87 +2,117 @@
 
 close(2) waits for SO_LINGER, FUSE and NFS; so do open(2) and fstat(2) on a file system that hangs.
 Each such call is a job: it runs in a thread and touches nothing that the loop uses; then it is
-back on the loop, where it is finished.
+back on the loop, where it is finished, whatever became of it.
+
+Closing has threads of its own: what hangs while it is looked at or opened, or while it is closed,
+never stops the other.  All threads start with the broker, since one more may be refused later
+(pthread_create(3), EAGAIN).
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
 from queue import SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdbroker.ipc.server import Server
 
-THREADS = 4
+THREADS = 4  # in each lane
+LOOKING, CLOSING = LANES = "look", "close"
 END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
 
 log = logging.getLogger("fdbroker")
 
 
+def start_thread(run: Callable[..., None], *arguments: object) -> threading.Thread:
+    """A thread that does not hold up the end of the process; OSError if there can be none."""
+    thread = threading.Thread(target=run, args=arguments, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        what = "no thread can be started: raise RLIMIT_NPROC, or pids.max of its cgroup"
+        raise OSError(errno.EAGAIN, what) from None
+    return thread
+
+
 class Job(ABC):
     """One slow thing."""
 
+    lane = LOOKING
+    failure = ""  # what `run` raised, by a mistake of ours
+
     @abstractmethod
     def run(self) -> None:
-        """In a thread: the slow part.  Errors are kept for `finish`."""
+        """In a thread: the slow part.  Errors that can be are kept for `finish`."""
 
     @abstractmethod
     def finish(self, server: Server) -> None:
-        """On the loop: what follows from it."""
+        """On the loop: what follows from it, also after a `failure`."""
 
 
 class Workers:
-    """Threads that are started when there is work, and an eventfd that tells of finished jobs."""
+    """The threads, and an eventfd that tells of finished jobs.  OSError if one cannot start."""
 
     def __init__(self) -> None:
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: dict[str, SimpleQueue[Job | None]] = {}
         self._done: deque[Job] = deque()
         self._threads: list[threading.Thread] = []
         self.pending = 0  # jobs that are not finished
+        try:
+            for lane in LANES:
+                jobs = self._jobs[lane] = SimpleQueue()
+                for _ in range(THREADS):
+                    self._threads.append(start_thread(self._work, jobs))
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, job: Job) -> None:
-        """Have a thread run `job`; it comes back in `finished`."""
+        """Have a thread run `job`; `finish` has it then."""
         self.pending += 1
-        self._jobs.put(job)
-        if len(self._threads) < min(self.pending, THREADS):
-            name = f"fdbroker-worker-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self._jobs[job.lane].put(job)
 
-    def finished(self) -> Iterator[Job]:
-        """The jobs that are back."""
+    def finish(self, server: Server) -> None:
+        """On the loop: finish the jobs that are back.  A mistake in one is no other's."""
         try:
             os.eventfd_read(self.wake)
         except BlockingIOError:
             return
         while self._done:
+            job = self._done.popleft()
             self.pending -= 1
-            yield self._done.popleft()
+            try:
+                job.finish(server)
+            except Exception:
+                log.exception("event=error job=%s", type(job).__name__)
 
     def close(self) -> None:
         """Let the threads end; one that is stuck ends with the process."""
-        for _ in self._threads:
-            self._jobs.put(None)
+        for jobs in self._jobs.values():
+            for _ in range(THREADS):
+                jobs.put(None)
         deadline = monotonic() + END_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))
         if not any(thread.is_alive() for thread in self._threads):
             os.close(self.wake)
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    def _work(self, jobs: SimpleQueue[Job | None]) -> None:
+        while (job := jobs.get()) is not None:
             try:
                 job.run()
-            except Exception:
+            except Exception as error:
                 log.exception("event=job-failed job=%s", type(job).__name__)
+                job.failure = repr(error)
             self._done.append(job)
             os.eventfd_write(self.wake, 1)

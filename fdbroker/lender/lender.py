@@ -154,11 +154,14 @@ class Lender(Books):
         self.give_back(session, session.seq, now)
 
     def cancel(self, session: Session, seq: int, now: int) -> None:
-        """A CANCEL: the wait ends as if its deadline had come.
+        """A CANCEL: the wait ends as if its deadline had come, and what was just put retires.
 
         What was granted already stands, and the client returns it: its descriptor may be on its
         way, so only the client knows when it is gone.
         """
+        made = session.made
+        if made is not None and made.state == LIVE and made.maker_seq == seq - 1:
+            self.start_retiring(made, now)
         session.seq = seq
         if session.state in (WAITING, CLOSING):
             self._time_out(session, now)
@@ -217,6 +220,7 @@ class Lender(Books):
         if session is not None:
             entry.maker, entry.maker_seq, entry.uid = session.id, seq, session.peer.uid
             entry.owner = session if ephemeral else None
+            session.made = entry
         entry.ephemeral = entry.owner is not None
         key = name.encode() or ticket
         flags = EPHEMERAL * entry.ephemeral | NAMELESS * (not name)

@@ -140,6 +140,8 @@ def _enter_entries(
         replaced = lender.names.get(entry.name) if entry.state == LIVE else None
         if replaced is not None:
             retiring[replaced.slot] = replaced
+        if maker is not None:
+            maker.made = entry
         if entry.ephemeral:
             entry.owner = maker
         if entry.state == RETIRING or entry.watchers or (entry.ephemeral and maker is None):

@@ -128,6 +128,7 @@ class Session:
         "deadline",
         "entries",
         "id",
+        "made",
         "owned",
         "peer",
         "seq",
@@ -153,6 +154,7 @@ class Session:
         self.asked = 0  # while WAITING or CLOSING: since when, ...
         self.asked_seq = 0  # ... by which request, ...
         self.deadline = FOREVER  # ... and until when
+        self.made: Entry | None = None  # what it put last
         self.owned: dict[int, Entry] = {}  # by slot: ephemeral entries, which end with it
 
     def __repr__(self) -> str:

@@ -24,6 +24,12 @@ PATIENCE = 60.0  # seconds until a test gives up on what never comes
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+def is_served(address: str) -> bool:
+    """Whether somebody listens there: a socket file is there before that."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        return sock.connect_ex(address) == 0
+
+
 class Process:
     """Another process, held by its pidfd: its pid cannot become somebody else's meanwhile."""
 

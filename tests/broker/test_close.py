@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
-from support import open_files, stopped, wait_until
+from support import can_refuse_descriptors, open_files, stopped, wait_until
 
 import fdbroker
 
@@ -166,9 +167,14 @@ def test_what_was_sent_unasked_holds_up_nobody(broker, maker, others, way, greet
         wire = unix.connect({broker.address!r})
     """)
     if greeted:
-        maker.do("send([HELLO, 0, VERSION]); wire.recv(100)")
+        maker.do("send([HELLO, 0, VERSION, True]); wire.recv(100)")
+    # from a stranger the kernel takes no descriptors, where it can be told so
+    refused = not greeted and can_refuse_descriptors()
     with stopped(broker.pid):
-        maker.do(UNASKED[way])
+        with pytest.raises(PermissionError) if refused else nullcontext():
+            maker.do(UNASKED[way])
+        if refused:  # it was not sent, so the maker's own close would be the last one
+            maker.do("sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))")
         maker.do("sock.close(); wire.close()")
     maker.kill()
     wait_until(lambda: len(open_files(broker.pid)) <= before + 1, QUICK)

@@ -19,7 +19,7 @@ from support import children, open_files, wait_until
 import fdbroker
 from fdbroker.errors import BrokerClosing, BrokerGone, BrokerStartError, NoBroker
 
-from .puppet import Process, Puppet
+from .puppet import Process, Puppet, is_served
 
 SOON = 1.0  # seconds: what "at once" is, on a busy machine
 
@@ -333,7 +333,7 @@ def test_a_mistake_of_the_brokers_own_costs_one_session(temp):
             verbs.HANDLERS[messages.STATS] = stats
             serve({address!r})
         """)
-        wait_until(lambda: os.path.exists(address))
+        wait_until(lambda: is_served(address))
         borrower.do(f"client = fdbroker.Client({address!r})")
         with open(os.devnull) as null:
             borrower.do("client.put('null', 0); loan = client.borrow('null')")
@@ -369,7 +369,7 @@ def test_a_request_that_outlives_its_client_hurts_nobody_who_came_after(temp):
             descriptors.inspect = slow
             serve({address!r})
         """)
-        wait_until(lambda: os.path.exists(address))
+        wait_until(lambda: is_served(address))
         with fdbroker.Client(address) as witness:
             dying.do(f"client = fdbroker.Client({address!r})")
             dying.begin("client.put('x', 0)")

@@ -15,8 +15,8 @@ from support import HELLO, Peer, Raw, kept, wait_until
 import fdbroker
 from fdbroker.errors import NoBroker, UnsupportedKind
 from fdbroker.ipc.custody import Custody
+from fdbroker.ipc.listener import Listener
 from fdbroker.ipc.server import Server
-from fdbroker.ipc.unix import Listener
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.parts import IDLE, LENT, LIVE, RETIRING
 

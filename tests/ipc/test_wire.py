@@ -31,6 +31,7 @@ from support import (
     STATS,
     Peer,
     Raw,
+    can_refuse_descriptors,
     hold,
     let_go,
     wait_until,
@@ -231,14 +232,34 @@ def test_who_goes_without_reading_leaves_nothing(broker: fdbroker.Broker, raw: R
 
 
 def test_descriptors_sent_unasked_are_closed(broker: fdbroker.Broker, raw: Raw) -> None:
-    for message in ([STATS, 1], [BORROW, 1, "data", *SHARED], [RETURN, 1], ["junk"], [HELLO, 0, 1]):
+    for message in ([STATS, 1], [BORROW, 1, "data", *SHARED], [RETURN, 1], ["junk"]):
         reader, writer = os.pipe()
-        with Raw(broker.address, hello=message[0] != HELLO) as other:
+        with Raw(broker.address) as other:
             other.send(*message, fds=[writer, writer])
             os.close(writer)
             other.is_refused(PROTOCOL_ERROR)
             assert os.read(reader, 1) == b""  # an end-of-file: nobody has it open
         os.close(reader)
+
+
+def test_descriptors_come_only_from_who_said_that_it_puts(
+    broker: fdbroker.Broker, raw: Raw
+) -> None:
+    """Elsewhere the kernel refuses them, where it can: they do not even come to the broker."""
+    if not can_refuse_descriptors():
+        pytest.skip("SO_PASSRIGHTS is of Linux 6.16: here they come, and are closed")
+    reader, writer = os.pipe()
+    for hello, message in ((True, [STATS, 1]), (False, [HELLO, 0, 1, True])):
+        with Raw(broker.address, hello=hello, puts=False) as other:
+            with pytest.raises(PermissionError):
+                other.send(*message, fds=[writer])
+            other.send(*message)
+            answer, _ = other.receive()
+            assert answer is not None
+            assert answer[0] == 0
+    os.close(writer)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_a_put_brings_one_descriptor(broker: fdbroker.Broker, raw: Raw) -> None:

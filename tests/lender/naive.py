@@ -145,6 +145,10 @@ class NaiveLender:
         self.step()
 
     def cancel(self, session, seq, now):
+        for entry in [entry for entry in self.entries if entry.live]:
+            if (entry.maker, entry.maker_seq) == (session.id, seq - 1):
+                self.end_entry(entry, now)
+                self.step()
         session.seq = seq
         for wait in self.waiting + self.watches:
             if wait.session is session:

@@ -370,6 +370,19 @@ def test_a_cancel_that_crosses_its_grant_changes_nothing(lot: Rig):
     assert waiting.state == IDLE
 
 
+def test_a_cancel_undoes_the_put_before_it(rig: Rig):
+    (client,) = rig.clients(1)
+    kept, undone = rig.put("kept", by=client), rig.put("undone", by=client)
+    rig.cancel(client)
+    assert rig.lender.names == {"kept": kept}
+    assert list(rig.lender.closings) == [undone]
+    assert (client.state, client.seq) == (IDLE, 3)
+    rig.cancel(client)  # the put is no longer the one before
+    assert rig.lender.names == {"kept": kept}
+    rig.close_all()
+    rig.check()
+
+
 def test_a_return_without_a_loan_is_the_clients_fault(lot: Rig):
     holder, waiting = lot.clients(2)
     lot.borrow(holder, "a", exclusive=True)

@@ -1,0 +1,116 @@
+"""The broker's listening socket at a path, and the lock beside it that says whose it is.
+
+The lock (flock(2) on ``PATH.lock``) is held as long as the process lives, so a path whose lock can
+be had belongs to nobody, and a socket found there is stale.  Nothing but a socket is ever removed.
+
+Who can rename in the folder can put another socket in the broker's place, and is then sent what
+was meant for it.  So the folder is its own uid's or root's, and nobody else may write to it, but
+in a sticky one, where only the owner of a file can rename it (inode(7)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from fcntl import LOCK_EX, LOCK_NB, flock
+
+from fdbroker.errors import AlreadyServing, BadAddress
+from fdbroker.ipc.address import check_path
+
+BACKLOG = 1024
+
+
+class Listener:
+    """Listens at the path `address`, whose folder is made if there is none.
+
+    Raises `AlreadyServing` if another process has the lock; `BadAddress` if there is something
+    else than a socket, or if others could replace the socket; OSError.
+    """
+
+    def __init__(self, address: str) -> None:
+        check_path(address)
+        folder = os.path.dirname(address)
+        if folder:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        _check_folder(address, folder or ".")
+        _check_place(address)  # now, too: a mistyped path shall get no lock file beside it
+        self.address = address
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = os.open(address + ".lock", flags, 0o600)
+        try:
+            self._take_lock()
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            try:
+                self._bind()
+            except BaseException:
+                self.sock.close()
+                raise
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            flock(self._lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyServing(self.address) from None
+
+    def _bind(self) -> None:
+        if _check_place(self.address):
+            os.unlink(self.address)  # stale: we have the lock
+        mask = os.umask(0o177)
+        try:
+            self.sock.bind(self.address)
+        finally:
+            os.umask(mask)
+        self.sock.listen(BACKLOG)
+        self._file = os.lstat(self.address)
+
+    def accept(self) -> socket.socket | None:
+        """A new connection, if one is still there."""
+        try:
+            sock, _ = self.sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        return sock
+
+    def close(self) -> None:
+        """Stop listening: the socket file goes, if it is still this one, then the lock.
+
+        The lock's own file stays: to unlink it would let two others each lock a file of that name.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self.address), self._file):
+                os.unlink(self.address)
+        self.sock.close()
+        os.close(self._lock)
+
+
+def _check_folder(address: str, folder: str) -> None:
+    """`BadAddress` if others than this uid and root can replace what is in it."""
+    found = os.stat(folder)
+    if found.st_uid not in (0, os.geteuid()):
+        raise BadAddress(
+            address,
+            f"its folder belongs to uid {found.st_uid}, who could put another socket there: "
+            "use a folder of your own",
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        raise BadAddress(
+            address,
+            f"others may write to its folder (mode {stat.S_IMODE(found.st_mode):04o}) and could "
+            "put another socket there: chmod go-w it, or use a folder of your own",
+        )
+
+
+def _check_place(address: str) -> bool:
+    """Whether there is a socket; `BadAddress` if there is something else."""
+    try:
+        mode = os.lstat(address).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise BadAddress(address, "what is there is no socket and is left alone: use another path")
+    return True

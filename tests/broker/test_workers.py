@@ -1,0 +1,235 @@
+"""The broker's threads: there from its start, and whatever a job does, the loop goes on.
+
+What never goes wrong by itself is planted into the broker before it serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import open_files, targets, wait_until
+
+import fdbroker
+from fdbroker.errors import BrokerGone, CloseFailed
+from fdbroker.ipc.jobs import Discard
+from fdbroker.ipc.workers import THREADS
+
+from .puppet import Puppet, is_served
+
+SOON = 5.0
+
+
+@contextlib.contextmanager
+def broker_with(folder: Path, plant: str) -> Iterator[tuple[fdbroker.Client, Puppet]]:
+    """A client of a broker with `plant` in it, and its process, whose stderr is a file there."""
+    address = str(folder / "socket")
+    with open(folder / "stderr", "wb") as said, Puppet(stderr=said) as server:
+        server.do(f"folder = {str(folder)!r}")
+        server.do(plant)
+        server.begin(f"from fdbroker.daemon.serve import serve\nserve({address!r})")
+        wait_until(lambda: is_served(address))
+        with fdbroker.Client(address) as client:
+            wait_until(lambda: is_alone(client))
+            yield client, server
+        server.signal(signal.SIGTERM)
+        server.result()
+
+
+def is_alone(client: fdbroker.Client) -> bool:
+    """Whether the broker has done with all others."""
+    stats = client.stats()
+    return (stats["connections"], stats["jobs"]) == (1, 0)
+
+
+def complaints(folder: Path) -> int:
+    """How often the broker there has said that what was planted failed."""
+    return (folder / "stderr").read_text().count("\nValueError: planted\n")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_thread_that_cannot_start_is_an_error_at_the_start(tmp_path, threads):
+    """Of the log or of the workers.  RLIMIT_NPROC counts a uid's threads, but root's not
+    (setrlimit(2)): as root another uid is taken, which has no process yet."""
+    with open(tmp_path / "stderr", "wb") as said, Puppet(stderr=said) as server:
+        server.do(f"""
+            import resource
+            from fdbroker import cli
+            from fdbroker.daemon import log, serve
+            os.mkdir({str(tmp_path / "folder")!r})
+            os.chdir({str(tmp_path / "folder")!r})
+            ready, told = os.pipe()
+            if os.geteuid() == 0:
+                os.chown(".", 65533, 65533)
+                os.setgroups([])
+                os.setgid(65533)
+                os.setuid(65533)
+            resource.setrlimit(resource.RLIMIT_NPROC, ({threads}, {threads}))
+        """)
+        assert server.do("cli.main(['serve', '--socket', 'socket', '--ready-fd', str(told)])") == 1
+        assert server.do("(os.close(told), os.read(ready, 1))") == (None, b"")
+        assert server.do("threading.active_count()") == 1
+    assert not (tmp_path / "folder" / "socket").exists()
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fdbroker: ")
+    assert "RLIMIT_NPROC" in lines[0]
+
+
+HANG = """
+    from fdbroker import descriptors
+    def hang_in(name):
+        function = getattr(descriptors, name)
+        def hang(fd):
+            if os.readlink(f"/proc/self/fd/{{fd}}").startswith("/memfd:stuck"):
+                open(folder + "/go").close()  # a fifo, so it waits until the test opens it, too
+            return function(fd)
+        setattr(descriptors, name, hang)
+    hang_in("{}")
+"""
+
+
+@pytest.fixture
+def stuck():
+    memory = os.memfd_create("stuck")
+    yield memory
+    os.close(memory)
+
+
+@contextlib.contextmanager
+def as_many_as_threads(client: fdbroker.Client, work: Callable[[int], Any], folder: Path):
+    """So many jobs of a kind that hangs, while the block runs."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        doing = [pool.submit(work, number) for number in range(THREADS)]
+        wait_until(lambda: client.stats()["jobs"] == THREADS)
+        try:
+            yield
+        finally:
+            with open(folder / "go", "w"):
+                wait_until(lambda: client.stats()["jobs"] == 0)
+            for one in doing:
+                one.result()
+
+
+def test_while_looking_hangs_closing_goes_on(tmp_path, stuck, data_file):
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("inspect")) as (client, _):
+        client.put("data", data_file)
+        with as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path):
+            client.retire("data", wait=True, timeout=SOON)
+
+
+def test_while_opening_hangs_closing_goes_on(tmp_path, stuck, data_file):
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("reopen_read_only")) as (client, _):
+        client.put("data", data_file)
+        client.put("stuck", stuck)
+
+        def borrow(_: int) -> None:
+            client.borrow("stuck", mode="r").close()
+
+        with as_many_as_threads(client, borrow, tmp_path):
+            client.retire("data", wait=True, timeout=SOON)
+
+
+def test_while_closing_hangs_looking_and_opening_go_on(tmp_path, stuck, data_file):
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("switch_linger_off")) as (client, _):
+        for number in range(THREADS):
+            client.put(f"stuck-{number}", stuck)
+        with as_many_as_threads(client, lambda n: client.retire(f"stuck-{n}"), tmp_path):
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(client.put, "data", data_file).result(SOON)
+                loan = pool.submit(client.borrow, "data", mode="r").result(SOON)
+            with loan:
+                assert os.read(loan.fileno(), 2) == b"\0\1"
+
+
+FAIL = """
+    from fdbroker import descriptors
+    def fail(fd):
+        raise ValueError("planted")
+    descriptors.{} = fail
+"""
+
+
+def test_a_put_that_fails_in_a_thread_ends_its_session(tmp_path, data_file):
+    with broker_with(tmp_path, FAIL.format("inspect")) as (client, server):
+        before = targets(server.pid)
+        for _ in range(3):
+            with pytest.raises(BrokerGone):
+                client.put("data", data_file)
+        wait_until(lambda: client.stats()["jobs"] == 0)
+        assert client.entries() == []
+        wait_until(lambda: targets(server.pid) == before)
+    assert complaints(tmp_path) == 3
+
+
+def test_a_read_only_borrow_that_fails_in_a_thread_ends_its_session(tmp_path, data_file):
+    with broker_with(tmp_path, FAIL.format("reopen_read_only")) as (client, _):
+        client.put("data", data_file)
+        for _ in range(3):
+            with pytest.raises(BrokerGone):
+                client.borrow("data", mode="r")
+        client.borrow("data", exclusive=True, timeout=SOON).close()  # nothing stayed on loan
+    assert complaints(tmp_path) == 3
+
+
+def test_an_answer_that_fails_ends_its_session(tmp_path, data_file):
+    plant = """
+        from fdbroker.lender import Lender
+        put = Lender.put
+        def fail(self, session, seq, name, *rest, **how):
+            if name == "bad":
+                raise ValueError("planted")
+            return put(self, session, seq, name, *rest, **how)
+        Lender.put = fail
+    """
+    with broker_with(tmp_path, plant) as (client, server):
+        before = targets(server.pid)
+        with pytest.raises(BrokerGone):
+            client.put("bad", data_file)
+        wait_until(lambda: targets(server.pid) == before)
+        client.put("good", data_file)
+        assert [entry.name for entry in client.entries()] == ["good"]
+    assert complaints(tmp_path) == 1
+
+
+def test_a_close_that_fails_in_a_thread_is_the_end_of_its_entry(tmp_path, data_file):
+    with broker_with(tmp_path, FAIL.format("switch_linger_off")) as (client, _):
+        client.put("data", data_file)
+        with pytest.raises(CloseFailed, match="planted"):
+            client.retire("data", wait=True, timeout=SOON)
+        assert client.stats()["entries"] == client.stats()["jobs"] == 0
+
+
+def test_a_mistake_at_the_end_of_a_job_costs_no_other_job(tmp_path, data_file):
+    plant = """
+        from fdbroker.ipc.jobs import Close
+        finish = Close.finish
+        def fail(self, server):
+            finish(self, server)
+            raise ValueError("planted")
+        Close.finish = fail
+    """
+    with broker_with(tmp_path, plant) as (client, _):
+        for number in range(20):
+            client.put(f"data-{number}", data_file)
+        for number in range(20):
+            client.retire(f"data-{number}")
+        wait_until(lambda: client.stats()["entries"] == client.stats()["jobs"] == 0)
+
+
+def test_what_is_discarded_is_closed_to_the_last():
+    """Also after one whose close reports an error: here somebody else has closed it."""
+    before = open_files()
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+    os.close(fds[1])
+    Discard(fds).run()
+    assert open_files() == before
