@@ -43,19 +43,18 @@ _LOCK = threading.RLock()  # reentrant: a signal handler may fork, a finalizer m
 sessions: WeakSet[Forked] = WeakSet()  # all of this process
 
 
-class _Left:
-    """What a finalizer left: done as this goes, as by a finalizer.
+class _Left(tuple[Callable[[], None]]):
+    """An action that a finalizer left: done as this goes, as by a finalizer.
 
-    So what it raises goes to sys.unraisablehook, and an interrupt cannot lose it.
+    So what it raises goes to sys.unraisablehook, and an interrupt cannot lose it: a tuple is made
+    in one call into C.
     """
 
-    __slots__ = ("_action",)
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
+    __slots__ = ()
 
     def __del__(self) -> None:
-        self._action()
+        for action in self:
+            action()
 
 
 later: deque[_Left] = deque()
@@ -91,7 +90,7 @@ def catch_up() -> None:
 
 def in_finalizer(action: Callable[[], None]) -> None:
     """Do `action` under the gate without ever waiting for it: now, or when it is left."""
-    later.append(_Left(action))
+    later.append(_Left((action,)))
     catch_up()
 
 
