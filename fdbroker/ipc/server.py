@@ -16,6 +16,8 @@ import errno
 import logging
 import os
 import select
+import struct
+from functools import partial
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ from fdbroker.ipc import unix
 from fdbroker.ipc.connection import (
     ENDED,
     GREETING,
+    LADEN,
     READY,
     UNREAD,
     WORKING,
@@ -92,7 +95,7 @@ class Server:
         self._uids = {0, os.geteuid()}  # who is served
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
-        self._watched: dict[int, Callable[[], None]] = {}
+        self._watched: dict[int, Callable[[int], None]] = {}
         self._accepting = True
         self._epoll = select.epoll()
         unix.refuse_descriptors(listener.sock)  # connections inherit it
@@ -101,8 +104,9 @@ class Server:
 
     # --- the loop ---
 
-    def watch(self, number: int, action: Callable[[], None]) -> None:
-        """Call `action` whenever descriptor `number`, which stays the caller's, is readable."""
+    def watch(self, number: int, action: Callable[[int], None]) -> None:
+        """Call ``action(events)`` whenever descriptor `number`, which stays the caller's, is
+        readable."""
         self._watched[number] = action
         self._epoll.register(number, READABLE)
 
@@ -113,35 +117,24 @@ class Server:
 
     def run(self) -> None:
         """Serve until drained."""
-        lender, connections, poll = self.lender, self._connections, self._epoll.poll
+        lender, watched, poll = self.lender, self._watched, self._epoll.poll
         while not self.draining or not self._finished():
             patience = self._patience() if lender.deadlines or self.draining else None
-            events = poll(patience, EVENTS)
+            happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-            for number, event in events:
-                connection = connections.get(number)
-                if connection is None:
-                    self._attend(number)
-                elif connection.state == UNREAD:
-                    self._send_unsent(connection, event)
-                elif self._receive(connection) and not lender.decisions:
-                    # a busy client's next request is there already: to find it so costs less
-                    # than to ask epoll again
-                    self._receive(connection)
+            for number, events in happened:
+                action = watched.get(number)
+                if action is None:  # it ended with an event before this one
+                    continue
+                try:
+                    action(events)
+                except Exception:  # a mistake of ours must not end every loan of everybody
+                    log.exception("event=error number=%d", number)
                 if lender.decisions or lender.closings:
                     self._settle()
             if lender.deadlines:
                 lender.expire(self.now)
                 self._settle()
-
-    def _attend(self, number: int) -> None:
-        """Do what is to be done for a watched descriptor."""
-        action = self._watched.get(number)
-        if action is not None:  # else it ended with an event before this one
-            try:
-                action()
-            except Exception:  # a mistake of ours must not end every loan of everybody
-                log.exception("event=error action=%s", action.__name__)
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
@@ -209,12 +202,12 @@ class Server:
         else:
             self.reply(connection, encode_error(seq, error))
 
-    def _finish_jobs(self) -> None:
+    def _finish_jobs(self, events: int) -> None:
         self.workers.finish(self)
 
     # --- sessions ---
 
-    def _accept(self) -> None:
+    def _accept(self, events: int) -> None:
         try:
             sock = self.listener.accept()
         except OSError as error:
@@ -228,13 +221,22 @@ class Server:
         if sock is not None:
             connection = Connection(sock, Peer(*unix.credentials(sock)))
             self._connections[connection.number] = connection
-            self._epoll.register(connection.number, READABLE)
+            self.watch(connection.number, partial(self._serve, connection))
 
     def resume_accepting(self) -> None:
         """A descriptor has become free."""
         if not self._accepting:
             self._accepting = True
             self.watch(self.listener.sock.fileno(), self._accept)
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        """A session can be received from: one message, and one more after a RETURN.
+
+        A busy client's next request is there by then, and to find it so costs less than to ask
+        epoll again.
+        """
+        if self._receive(connection) and not self.lender.decisions:
+            self._receive(connection)
 
     def _receive(self, connection: Connection) -> bool:
         """Take one message of one session and act upon it; whether it was a RETURN.
@@ -248,20 +250,17 @@ class Server:
         except OSError:  # ECONNRESET: it died with our messages unread
             data = b""
         try:
-            if len(data) >= HEAD_BYTES:
+            try:
                 head, seq = unpack_head(data)
-                known = KNOWN.get(head + data[HEAD_BYTES:])
-                if (
-                    known is not None
-                    and connection.state == READY
-                    and connection.inbox is None
-                    and seq == connection.session.seq + 1
-                ):
-                    verb, fields = known
-                    reply = HANDLERS[verb](self, connection, seq, fields)
-                    if reply is not None:
-                        self.reply(connection, reply)
-                    return verb == RETURN
+                verb, fields = KNOWN[head + data[HEAD_BYTES:]]
+            except (KeyError, struct.error):
+                self._receive_unusual(connection, data)
+                return False
+            if connection.state == READY and seq == connection.session.seq + 1:
+                reply = HANDLERS[verb](self, connection, seq, fields)
+                if reply is not None:
+                    self.reply(connection, reply)
+                return verb == RETURN
             self._receive_unusual(connection, data)
         except ProtocolError as error:
             self._fault(connection, error)
@@ -277,6 +276,8 @@ class Server:
             if not data:
                 self.end(connection)
                 return
+            if connection.state == LADEN:
+                connection.state = READY
             verb, seq, fields = decode_request(data)
             if connection.inbox is not None and not VERBS[verb].takes_descriptor:
                 raise ProtocolError("client", "it sent descriptors that nobody asked for")
@@ -384,7 +385,7 @@ class Server:
 
     def _hang_up(self, connection: Connection) -> None:
         unix.shut_down(connection.sock)
-        self._epoll.unregister(connection.number)
+        self.unwatch(connection.number)
         self.workers.submit(HangUp(connection.sock))
 
     # --- answers ---
@@ -417,6 +418,7 @@ class Server:
             return
         if not unix.all_read(connection.number):
             connection.state, connection.unsent = UNREAD, Unsent(seq, offset, fresh)
+            self._watched[connection.number] = partial(self._send_unsent, connection)
             self._epoll.modify(connection.number, EMPTIED)
             return
         total = count = len(entries)
@@ -441,15 +443,16 @@ class Server:
         self.lender.take_back(connection.session, self.now)
         self.reply(connection, encode_error(seq, error))
 
-    def _send_unsent(self, connection: Connection, event: int) -> None:
+    def _send_unsent(self, connection: Connection, events: int) -> None:
         """The client has read a message, or is gone; then what it sent before is received."""
         unsent = connection.unsent
         assert unsent is not None
-        if not event & GONE and not unix.all_read(connection.number):
+        if not events & GONE and not unix.all_read(connection.number):
             return
+        self._watched[connection.number] = partial(self._serve, connection)
         self._epoll.modify(connection.number, READABLE)
         connection.state = READY
-        if event & GONE:
+        if events & GONE:
             self._drop_unsent(connection)
             return
         connection.unsent = None
