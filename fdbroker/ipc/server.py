@@ -17,9 +17,9 @@ import logging
 import os
 import select
 import struct
-from functools import partial
+from collections.abc import Callable
 from time import CLOCK_BOOTTIME, clock_gettime_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import (
     BrokerClosing,
@@ -66,8 +66,6 @@ from fdbroker.ipc.workers import Workers
 from fdbroker.lender.parts import FREE, LENT, Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
@@ -77,6 +75,9 @@ GONE = int(select.EPOLLHUP | select.EPOLLERR)
 EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 SECOND = 1_000_000_000
+
+Action = Callable[[Any, int], None]  # what it is about, the events of epoll
+NOTHING: tuple[Action, Any] = (lambda about, events: None), None  # it ended an event before
 
 log = logging.getLogger("fdbroker")
 
@@ -95,7 +96,7 @@ class Server:
         self._uids = {0, os.geteuid()}  # who is served
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
-        self._watched: dict[int, Callable[[int], None]] = {}
+        self._watched: dict[int, tuple[Action, Any]] = {}
         self._accepting = True
         self._epoll = select.epoll()
         unix.refuse_descriptors(listener.sock)  # connections inherit it
@@ -104,10 +105,9 @@ class Server:
 
     # --- the loop ---
 
-    def watch(self, number: int, action: Callable[[int], None]) -> None:
-        """Call ``action(events)`` whenever descriptor `number`, which stays the caller's, is
-        readable."""
-        self._watched[number] = action
+    def watch(self, number: int, action: Action, about: Any = None) -> None:
+        """Call ``action(about, events)`` whenever `number`, the caller's, is readable."""
+        self._watched[number] = action, about
         self._epoll.register(number, READABLE)
 
     def unwatch(self, number: int) -> None:
@@ -123,11 +123,9 @@ class Server:
             happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
             for number, events in happened:
-                action = watched.get(number)
-                if action is None:  # it ended with an event before this one
-                    continue
+                action, about = watched.get(number, NOTHING)
                 try:
-                    action(events)
+                    action(about, events)
                 except Exception:  # a mistake of ours must not end every loan of everybody
                     log.exception("event=error number=%d", number)
                 if lender.decisions or lender.closings:
@@ -202,12 +200,12 @@ class Server:
         else:
             self.reply(connection, encode_error(seq, error))
 
-    def _finish_jobs(self, events: int) -> None:
+    def _finish_jobs(self, about: None, events: int) -> None:
         self.workers.finish(self)
 
     # --- sessions ---
 
-    def _accept(self, events: int) -> None:
+    def _accept(self, about: None, events: int) -> None:
         try:
             sock = self.listener.accept()
         except OSError as error:
@@ -221,7 +219,7 @@ class Server:
         if sock is not None:
             connection = Connection(sock, Peer(*unix.credentials(sock)))
             self._connections[connection.number] = connection
-            self.watch(connection.number, partial(self._serve, connection))
+            self.watch(connection.number, self._serve, connection)
 
     def resume_accepting(self) -> None:
         """A descriptor has become free."""
@@ -230,45 +228,40 @@ class Server:
             self.watch(self.listener.sock.fileno(), self._accept)
 
     def _serve(self, connection: Connection, events: int) -> None:
-        """A session can be received from: one message, and one more after a RETURN.
-
-        A busy client's next request is there by then, and to find it so costs less than to ask
-        epoll again.
-        """
-        if self._receive(connection) and not self.lender.decisions:
-            self._receive(connection)
-
-    def _receive(self, connection: Connection) -> bool:
-        """Take one message of one session and act upon it; whether it was a RETURN.
+        """A session can be received from: take one message and act upon it.
 
         A request that was seen before, and comes in turn, needs neither decoding nor checks.
+        After a RETURN we look for one more: a busy client's next request is there by then, and to
+        find it so costs less than to ask epoll again.
         """
+        session = connection.session
         try:
-            data = connection.receive()
-        except BlockingIOError:
-            return False
-        except OSError:  # ECONNRESET: it died with our messages unread
-            data = b""
-        try:
-            try:
-                head, seq = unpack_head(data)
-                verb, fields = KNOWN[head + data[HEAD_BYTES:]]
-            except (KeyError, struct.error):
-                self._receive_unusual(connection, data)
-                return False
-            if connection.state == READY and seq == connection.session.seq + 1:
+            while True:
+                data = connection.receive()
+                try:
+                    head, seq = unpack_head(data)
+                    verb, fields = KNOWN[head + data[HEAD_BYTES:]]
+                except (KeyError, struct.error):
+                    self._receive_unusual(connection, data)
+                    return
+                if connection.state != READY or seq != session.seq + 1:
+                    self._receive_unusual(connection, data)
+                    return
                 reply = HANDLERS[verb](self, connection, seq, fields)
                 if reply is not None:
                     self.reply(connection, reply)
-                return verb == RETURN
-            self._receive_unusual(connection, data)
+                if verb != RETURN or self.lender.decisions:
+                    return
+        except BlockingIOError:
+            pass
         except ProtocolError as error:
             self._fault(connection, error)
         except FDBrokerError as error:
             self._refuse(connection, error)
+        except OSError:  # ECONNRESET: it died with our messages unread
+            self.end(connection)
         except Exception:
             self._blame_us(connection)
-        return False
 
     def _receive_unusual(self, connection: Connection, data: bytes) -> None:
         """The same for what was not said before, comes with descriptors, or out of turn."""
@@ -418,7 +411,7 @@ class Server:
             return
         if not unix.all_read(connection.number):
             connection.state, connection.unsent = UNREAD, Unsent(seq, offset, fresh)
-            self._watched[connection.number] = partial(self._send_unsent, connection)
+            self._watched[connection.number] = self._send_unsent, connection
             self._epoll.modify(connection.number, EMPTIED)
             return
         total = count = len(entries)
@@ -449,7 +442,7 @@ class Server:
         assert unsent is not None
         if not events & GONE and not unix.all_read(connection.number):
             return
-        self._watched[connection.number] = partial(self._serve, connection)
+        self._watched[connection.number] = self._serve, connection
         self._epoll.modify(connection.number, READABLE)
         connection.state = READY
         if events & GONE:
