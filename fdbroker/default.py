@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fdbroker.ipc.address import default_address
 from fdbroker.ipc.client import Client, HasFileno, client_at
@@ -28,11 +28,20 @@ def default_client() -> Client:
     return client_at(_address if _address is not None else default_address())
 
 
-def borrow(name: str, **how: Any) -> Loan:
+def borrow(
+    name: str,
+    *,
+    exclusive: bool = False,
+    mode: str | None = None,
+    timeout: float | None = None,
+    purpose: str = "",
+) -> Loan:
     """`Client.borrow` on the default client."""
-    return default_client().borrow(name, **how)
+    return default_client().borrow(
+        name, exclusive=exclusive, mode=mode, timeout=timeout, purpose=purpose
+    )
 
 
-def put(name: str, obj: HasFileno | int, **how: Any) -> int:
+def put(name: str, obj: HasFileno | int, *, replace: bool = False, ephemeral: bool = False) -> int:
     """`Client.put` on the default client."""
-    return default_client().put(name, obj, **how)
+    return default_client().put(name, obj, replace=replace, ephemeral=ephemeral)

@@ -18,7 +18,7 @@ import warnings
 
 from fdbroker.errors import BrokerStartError
 from fdbroker.ipc.client import Client, forget_client_at
-from fdbroker.ipc.pool import end_kept
+from fdbroker.ipc.pool import cut_off
 
 START_SECONDS = 30.0
 END_SECONDS = 5.0  # beside the drain, for the process to end
@@ -29,7 +29,9 @@ class Broker(Client):
 
     ``with fdbroker.Broker() as broker:`` gives all that `Client` has, and `address`, which other
     processes need (`fdbroker.attach`).  The end of the block: no new borrow, a wait for the loans
-    of at most `drain` seconds, then the end.  Raises `BrokerStartError`, OSError.
+    of at most `drain` seconds, then the end.  Loans of the owner itself are not waited for, since
+    the owner is busy waiting; they keep their descriptors until they are closed.  Raises
+    `BrokerStartError`, OSError.
     """
 
     def __init__(self, *, drain: float = 10.0) -> None:
@@ -96,7 +98,7 @@ class Broker(Client):
             self._process.returncode = 0  # not this process's child, so not its to wait for
             return
         forget_client_at(self.address)
-        end_kept(self.address)  # it would wait for what this process has detached
+        cut_off(self.address)
         if self._process.poll() is None:
             self._process.terminate()
             try:

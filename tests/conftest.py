@@ -119,16 +119,16 @@ def stderr_to(file: IO[str]) -> Iterator[None]:
 
 def let_go(broker: fdbroker.Broker) -> None:
     """End what a process keeps for its brokers until it ends: idle sessions, owners."""
-    from fdbroker.ipc import client, pool
+    from fdbroker.ipc import client, wire
 
     gc.collect()
     for other in [broker, *client._clients.values()]:
-        for sessions in (other._pool._idle, other._pool._owners):
+        for sessions in (other._pool.idle, other._pool.putters):
             while sessions:
                 sessions.pop().end()
     client._clients.clear()
-    while pool._until_exit:
-        pool._until_exit.pop().end()
+    while wire.until_exit:
+        wire.until_exit.pop().end()
 
 
 @pytest.fixture(scope="session")

@@ -255,9 +255,9 @@ def fake_broker(address: str, *scripts: Callable[[Raw], object]) -> Iterator[Non
         os.unlink(address)
 
 
-def greet(session: Raw) -> None:
+def greet(session: Raw, *, puts: bool = False) -> None:
     """What every broker does first."""
-    assert session.receive() == ([HELLO, 0, 1], [])
+    assert session.receive() == ([HELLO, 0, 1, puts], [])
     session.send(0, 0, 1)
 
 

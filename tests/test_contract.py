@@ -95,6 +95,15 @@ def test_the_public_interface_is_typed(function: Callable[..., Any]) -> None:
         assert name == "self" or parameter.annotation is not inspect.Parameter.empty, name
 
 
+@pytest.mark.parametrize("verb", ["borrow", "put"])
+def test_the_default_client_is_called_as_any_other(verb: str) -> None:
+    method = inspect.signature(getattr(fdbroker.Client, verb))
+    _, *parameters = method.parameters.values()
+    function = inspect.signature(getattr(fdbroker, verb))
+    assert list(function.parameters.values()) == parameters
+    assert function.return_annotation == method.return_annotation
+
+
 def test_the_types_are_shipped() -> None:
     assert (PACKAGE / "py.typed").exists()
 

@@ -28,6 +28,7 @@ from fdbroker.daemon.serve import serve
 from fdbroker.errors import FDBrokerError, NoBroker, by_code
 from fdbroker.ipc.listener import Listener
 from fdbroker.ipc.messages import LOANS, STATS, check_reply, decode_reply, encode_error
+from fdbroker.ipc.pool import Pool
 from fdbroker.ipc.server import Server
 from fdbroker.ipc.session import Session
 from fdbroker.lender import Ledger, Lender
@@ -415,14 +416,14 @@ def connect_to_no_address(_: str) -> None:
 
 @raises(errors.ProtocolError)
 def say_what_is_in_no_table(address: str) -> None:
-    Session.open(address).request(LOANS, "x" * 300, 0, 0)
+    Session.open(address, Pool(address)).request(LOANS, "x" * 300, 0, 0)
 
 
 @raises(errors.VersionMismatch)
 def be_of_another_version(address: str) -> None:
-    from fdbroker.ipc import session
+    from fdbroker.ipc import messages
 
-    session.VERSION = 2
+    messages.VERSION = 2
     fdbroker.Client(address).stats()
 
 

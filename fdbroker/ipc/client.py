@@ -12,21 +12,14 @@ from time import CLOCK_BOOTTIME, clock_gettime, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fdbroker.descriptors import Kind, inspect
-from fdbroker.errors import FDBrokerError, ProtocolError, UnknownEntry
-from fdbroker.ipc import messages
+from fdbroker.errors import FDBrokerError, UnknownEntry
 from fdbroker.ipc.address import default_address
-from fdbroker.ipc.loan import Loan
+from fdbroker.ipc.borrowing import borrow, check_timeout, known, prepare
 from fdbroker.ipc.messages import (
-    BORROW,
     ENTRIES,
     EPHEMERAL,
-    EXCLUSIVE,
     LOANS,
-    MORE,
-    NAME_BYTES,
     NAMELESS,
-    PUT,
-    READONLY,
     REPLACE,
     RETIRE,
     STATS,
@@ -34,13 +27,14 @@ from fdbroker.ipc.messages import (
     LoanRow,
 )
 from fdbroker.ipc.pool import Pool
-from fdbroker.ipc.session import Session, StaleSession
+from fdbroker.ipc.wire import StaleSession
 from fdbroker.lender.names import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
 
+    from fdbroker.ipc.loan import Loan
     from fdbroker.ipc.shared import SharedFD
 
 NEAREST_NAMES = 2  # that an UnknownEntry suggests
@@ -128,7 +122,11 @@ class Client:
         Raises `UnknownEntry`, `BorrowTimeout`, `WouldDeadlock`, `EntryRetired`, `UnsupportedKind`
         (mode), `TooManyFiles`, `NotPermitted`, `BrokerClosing`, `NoBroker`.
         """
-        return self._borrow(name, (name,), exclusive, mode, timeout, purpose)
+        key = name, exclusive, mode, timeout, purpose
+        try:
+            return borrow(self._pool, known(key) or prepare(key))
+        except UnknownEntry as error:
+            raise self._with_nearest(error) from None
 
     def borrow_all(
         self,
@@ -140,60 +138,24 @@ class Client:
         purpose: str = "",
     ) -> Loan:
         """Borrow several entries at once, all or nothing, as one loan.  As `borrow` otherwise."""
-        if not names:
-            raise ValueError("borrow_all needs at least one name")
-        return self._borrow(list(names), names, exclusive, mode, timeout, purpose)
+        key = tuple(names), exclusive, mode, timeout, purpose
+        try:
+            return borrow(self._pool, known(key) or prepare(key))
+        except UnknownEntry as error:
+            raise self._with_nearest(error) from None
 
-    def borrow_ticket(self, ticket: bytes, **how: Any) -> Loan:
-        """Borrow what a `SharedFD` stands for; `UnknownTicket`.  As `borrow` otherwise."""
-        how = {"exclusive": False, "mode": None, "timeout": None, "purpose": ""} | how
-        return self._borrow(ticket, ("",), **how)
-
-    def _borrow(
+    def borrow_ticket(
         self,
-        what: str | bytes | list[str],
-        names: Sequence[str],
-        exclusive: bool,
-        mode: str | None,
-        timeout: float | None,
-        purpose: str,
+        ticket: bytes,
+        *,
+        exclusive: bool = False,
+        mode: str | None = None,
+        timeout: float | None = None,
+        purpose: str = "",
     ) -> Loan:
-        if mode not in (None, "r"):
-            raise ValueError(f'mode is None or "r", not {mode!r}')
-        if timeout is not None:
-            timeout = check_timeout(timeout)
-        if purpose:
-            check_purpose(purpose)
-        if type(what) is not str or not what.isascii() or not 0 < len(what) <= NAME_BYTES:
-            check_names(what)  # the rest of the rule is for the broker to tell
-        flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
-        lent = False
-        while True:
-            session = self._pool.take()
-            try:
-                total, _, since = session.request(
-                    BORROW, what, flags, timeout, purpose, timeout=timeout
-                )
-                session.lend(exclusive)
-                lent = True
-                if total != len(names):
-                    raise ProtocolError("broker", "the loan is of another number of entries")
-                while (have := len(session.fds)) < total:
-                    session.request(MORE, have)
-                return Loan(session, names, since)
-            except StaleSession:
-                continue
-            except FDBrokerError as error:
-                if session.thread:  # a part of several was refused
-                    session.end()
-                self._pool.give(session)
-                if isinstance(error, UnknownEntry):
-                    raise self._with_nearest(error) from None
-                raise
-            except BaseException:
-                if session.thread or not lent:  # else the loan was dropped, so it is back already
-                    session.end()
-                raise
+        """Borrow what a `SharedFD` stands for; `UnknownTicket`.  As `borrow` otherwise."""
+        key = ticket, exclusive, mode, timeout, purpose
+        return borrow(self._pool, known(key) or prepare(key))
 
     def _with_nearest(self, error: UnknownEntry) -> UnknownEntry:
         """The same error, with the names that look most like the one asked for."""
@@ -234,16 +196,19 @@ class Client:
     def _put(self, name: str, obj: HasFileno | int, flags: int, ephemeral: bool) -> list[Any]:
         fd = obj if isinstance(obj, int) else obj.fileno()
         os.fstat(fd)  # a number that is closed could become the one of a session's socket
-        take, give = self._pool.take, self._pool.give
-        if ephemeral:
-            take, give = self._pool.take_owner, self._pool.give_owner
-            flags |= EPHEMERAL
-        try:
-            return self._request(PUT, name, flags, fds=(fd,), take=take, give=give)
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # what the kernel itself refuses to send: io_uring
-                inspect(fd)
-            raise
+        flags |= EPHEMERAL * ephemeral
+        while True:
+            putter = self._pool.take_putter()
+            try:
+                return putter.put(name, flags, fd)
+            except StaleSession:
+                continue
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # what the kernel itself refuses to send: io_uring
+                    inspect(fd)
+                raise
+            finally:
+                self._pool.give_putter(putter)
 
     def retire(self, name: str | bytes, wait: bool = False, timeout: float | None = None) -> None:
         """The entry refuses new borrows from now on, its name is free, its last return closes it.
@@ -252,7 +217,8 @@ class Client:
         `UnknownEntry`, `RetireTimeout`, `CloseFailed`, and `WouldDeadlock` (with nothing changed)
         if this process has it on loan itself.
         """
-        check_names(name)
+        if isinstance(name, str):
+            check_name(name)
         wait_for = check_timeout(timeout) if wait and timeout is not None else None
         try:
             self._request(RETIRE, name, bool(wait), wait_for, timeout=wait_for)
@@ -266,7 +232,7 @@ class Client:
     def _entries(self) -> Iterator[EntryInfo]:
         cursor, since_boot = 0, _boot()
         while True:
-            cursor, rows = self._request(ENTRIES, cursor, size=messages.MESSAGE_BYTES)
+            cursor, rows = self._request(ENTRIES, cursor, pages=True)
             for row in rows:
                 name, kind, where, generation, loans, waiting, uid, since = EntryRow(*row)
                 yield EntryInfo(
@@ -283,9 +249,7 @@ class Client:
         found: list[LoanInfo] = []
         cursor, index, since_boot = 0, 0, _boot()
         while True:
-            cursor, index, rows = self._request(
-                LOANS, name or "", cursor, index, size=messages.MESSAGE_BYTES
-            )
+            cursor, index, rows = self._request(LOANS, name or "", cursor, index, pages=True)
             for row in rows:
                 info = LoanRow(*row)
                 found.append(LoanInfo(*info)._replace(since=since_boot + info.since / 1e9))
@@ -300,22 +264,14 @@ class Client:
     # --- the client itself ---
 
     def _request(self, verb: int, *fields: Any, **how: Any) -> list[Any]:
-        take = how.pop("take", self._pool.take)
-        give = how.pop("give", self._pool.give)
         while True:
-            session: Session = take()
+            session = self._pool.take()
             try:
-                reply = session.request(verb, *fields, **how)
+                return session.request(verb, *fields, **how)
             except StaleSession:
                 continue
-            except FDBrokerError:
-                give(session)
-                raise
-            except BaseException:
-                session.end()
-                raise
-            give(session)
-            return reply
+            finally:
+                self._pool.give(session)
 
     def close(self) -> None:
         """End the idle sessions.  Ephemeral entries stay, they end with the process."""
@@ -334,35 +290,6 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.address}>"
-
-
-def check_timeout(seconds: float) -> float | None:
-    """`seconds` as the wire takes it: None for infinity.  ValueError below 0 and for a NaN."""
-    if not seconds >= 0:
-        raise ValueError(f"a timeout is None or at least 0 seconds, not {seconds!r}")
-    return float(seconds) if seconds <= messages.TIMEOUT_SECONDS else None
-
-
-def check_purpose(purpose: str) -> None:
-    """ValueError for a purpose that is too long."""
-    if len(purpose.encode(errors="replace")) > messages.PURPOSE_BYTES or not purpose.isprintable():
-        limit = messages.PURPOSE_BYTES
-        raise ValueError(f"a purpose has at most {limit} printable bytes, not {purpose!a}")
-
-
-def check_names(names: str | bytes | list[str]) -> None:
-    """`BadName` for one that is none, ValueError if they are too many for one message."""
-    if isinstance(names, bytes):  # a ticket
-        return
-    if isinstance(names, str):
-        check_name(names)
-        return
-    for name in names:
-        check_name(name)
-    if len(names) > messages.NAMES:
-        raise ValueError(f"at most {messages.NAMES} names can be borrowed at once")
-    if sum(map(len, names)) + 3 * len(names) > messages.MESSAGE_BYTES - 1024:  # the other fields
-        raise ValueError(f"these names take more than the {messages.MESSAGE_BYTES} bytes at once")
 
 
 def _boot() -> float:

@@ -11,75 +11,127 @@ session.  So, when `os.fork` is called (os.register_at_fork):
 
 In a process with several threads another thread may be just between the kernel's installing a
 descriptor and its owner's noting it, or between the noting of a close and the close.  Those
-moments are passed under `GATE`, for which the fork waits.  Finalizers must not wait for a lock;
-what they cannot do at once they leave in `later`, and whoever leaves the gate does it.
+moments are passed under the `gate`, for which the fork waits.  Finalizers must not wait for a
+lock; what they cannot do at once they leave in `later`, and whoever leaves the gate does it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from _thread import _count as _other_threads  # threading.active_count() takes a lock, and long
+from _thread import _count as other_threads  # threading.active_count() takes a lock, and long
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 from weakref import WeakSet
 
+__all__ = ["catch_up", "gate", "in_finalizer", "later", "other_threads", "sessions"]
+
 
 class Forked(Protocol):
-    """What a session must do at a fork; the gate is held."""
+    """What a session must do at a fork; the gate is held, and all of it may be done twice."""
 
-    def at_fork_in_parent(self, thread: int) -> None:
-        """`thread` has forked."""
+    def mark_at_fork(self, thread: int, in_child: bool) -> None:
+        """`thread` has forked, and in the child it is the only one: note what is split."""
 
-    def at_fork_in_child(self, thread: int) -> None:
-        """This is the child, and what was `thread` is its only one."""
+    def close_in_child(self) -> None:
+        """Close what stays with the parent."""
 
 
-GATE = threading.RLock()  # reentrant: a signal handler may fork, a finalizer may close
+_LOCK = threading.RLock()  # reentrant: a signal handler may fork, a finalizer may close
 sessions: WeakSet[Forked] = WeakSet()  # all of this process
-later: deque[Callable[[], None]] = deque()
 
 
-def threaded() -> bool:
-    """Whether another thread could fork just now."""
-    return _other_threads() > 0
+class _Left:
+    """What a finalizer left: done as this goes, as by a finalizer.
+
+    So what it raises goes to sys.unraisablehook, and an interrupt cannot lose it.
+    """
+
+    __slots__ = ("_action",)
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def __del__(self) -> None:
+        self._action()
+
+
+later: deque[_Left] = deque()
+
+
+@contextmanager
+def gate() -> Iterator[None]:
+    """``with gate():`` no fork happens meanwhile; nothing in it may wait.
+
+    A generator that holds the lock is let go of by whatever interrupts its entering or leaving,
+    and so cannot be left without the lock's release and the catching up.
+    """
+    try:
+        with _LOCK:
+            yield
+    finally:
+        if later:
+            catch_up()
 
 
 def catch_up() -> None:
-    """Do what finalizers left; called by whoever has just left the gate."""
+    """Do what finalizers left.  An exception of it is none of the caller's."""
     while later:
-        for acquired in map(GATE.acquire, (False,)):  # no interrupt can come before the `try`
+        for acquired in map(_LOCK.acquire, (False,)):  # no interrupt can come before the `try`
             if not acquired:
-                return
+                return  # whoever has it will do it
             try:
                 while later:
-                    later.popleft()()
+                    later.popleft()
             finally:
-                GATE.release()
+                _LOCK.release()
 
 
 def in_finalizer(action: Callable[[], None]) -> None:
     """Do `action` under the gate without ever waiting for it: now, or when it is left."""
-    later.append(action)
+    later.append(_Left(action))
     catch_up()
 
 
-def _after_in_parent() -> None:
-    thread = threading.get_ident()
-    for session in list(sessions):
-        session.at_fork_in_parent(thread)
+# --- the hooks -------------------------------------------------------------------------------
 
 
-def _after_in_child() -> None:
+def _mark(in_child: bool) -> None:
     thread = threading.get_ident()  # the forking thread's: pthread_self() survives the fork
     for session in list(sessions):
-        session.at_fork_in_child(thread)
+        session.mark_at_fork(thread, in_child)
 
 
-# `before` hooks run last first, the others first first; the gate itself is a C method in all
-# three places, where no signal handler can come between
+def _mark_in_parent() -> None:
+    _mark(False)
+
+
+def _mark_in_child() -> None:
+    _mark(True)
+
+
+def _close_in_child() -> None:
+    failure = None
+    for session in list(sessions):
+        try:
+            session.close_in_child()
+        except BaseException as error:  # the others are not to suffer from it
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+# `before` hooks run last first, the others first first; the lock itself is a C method in all
+# three places, where no signal handler can come between.  An exception ends a hook, and a signal
+# handler may raise one anywhere, but Python goes on to the next hook.  So all are marked before
+# any is closed, a mark being what keeps two processes off one session; and either is done twice:
+# what an interrupt cuts short the first time, the second time finishes.
 os.register_at_fork(
-    before=GATE.acquire, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    before=_LOCK.acquire, after_in_parent=_mark_in_parent, after_in_child=_mark_in_child
 )
-os.register_at_fork(after_in_parent=GATE.release, after_in_child=GATE.release)
+os.register_at_fork(after_in_parent=_mark_in_parent, after_in_child=_mark_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_parent=_LOCK.release, after_in_child=_LOCK.release)

@@ -16,20 +16,24 @@ import fcntl
 import mmap
 import os
 import socket
-import warnings
 from time import CLOCK_BOOTTIME, clock_gettime, time
 from typing import IO, TYPE_CHECKING, Any
-from weakref import ref
 
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
-from fdbroker.ipc import forks, wrappers
-from fdbroker.ipc.pool import keep_until_exit
+from fdbroker.ipc import owned, wrappers
+from fdbroker.ipc.forks import gate, in_finalizer, other_threads
+from fdbroker.ipc.holding import Holding, Lifeline
+from fdbroker.ipc.messages import HEAD, decode_reply
+from fdbroker.ipc.session import RETURN_HEAD
+from fdbroker.ipc.unix import SEND_NOW
+from fdbroker.ipc.wire import until_exit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import TracebackType
 
-    from fdbroker.ipc.session import Lifeline, Session
+    from fdbroker.ipc.session import Session
+
+close_number, pack_head = os.close, HEAD.pack
 
 
 class Loan:
@@ -38,16 +42,16 @@ class Loan:
     Made by `Client.borrow` and `Client.borrow_all`.  Use it in a ``with``, or call `close`; one
     that is dropped unclosed is returned with a ResourceWarning.  Where a loan has several, the
     methods take the name of one of them.
+
+    It is what holds its session, and nothing else does; so a dropped loan ends its session, which
+    returns the loan.  Its fields are set by who makes it (borrowing.py): an `__init__`, or a
+    `__del__`, would take longer than all else that is done for it.
     """
 
-    __slots__ = ("__weakref__", "_fds", "_names", "_session", "_since", "_taken")
-
-    def __init__(self, session: Session, names: Sequence[str], since: int) -> None:
-        self._session = session
-        self._names = names
-        self._since = since
-        self._fds = session.fds
-        self._taken = iter((session,))  # who takes it ends the loan: it is there once
+    __slots__ = ("__weakref__", "_names", "_reply", "_session")
+    _names: tuple[str, ...]
+    _reply: bytes  # the broker's, with what is seldom asked for
+    _session: Session  # who deletes it ends the loan: that succeeds once
 
     @property
     def entry(self) -> str:
@@ -57,17 +61,19 @@ class Loan:
     @property
     def entries(self) -> tuple[str, ...]:
         """All names that were borrowed, in the order asked for."""
-        return tuple(self._names)
+        return self._names
 
     @property
     def since(self) -> float:
         """When it was granted, in seconds since the epoch."""
-        return time() - (clock_gettime(CLOCK_BOOTTIME) - self._since / 1e9)
+        _, _, (_, _, since) = decode_reply(self._reply)
+        return time() - (clock_gettime(CLOCK_BOOTTIME) - float(since) / 1e9)
 
     @property
     def closed(self) -> bool:
         """Whether it was returned or given away, or stayed with the parent at a fork."""
-        return not self._fds or self._session.forked
+        session = getattr(self, "_session", None)
+        return session is None or session.forked
 
     def fileno(self, name: str | None = None) -> int:
         """The descriptor's number; it stays the loan's.
@@ -75,26 +81,39 @@ class Loan:
         `ClosedLoanError` after the return; `ForkedLoanError` in a forked child that did not get
         this loan; LookupError for a `name` that is not among `entries`.
         """
-        if not self._fds:
-            raise ClosedLoanError(self.entry)
-        if self._session.forked:
-            raise ForkedLoanError(self.entry)
+        fds = self._held().fds
         if name is None:
-            return self._fds[0]
+            return fds[0]
         if name not in self._names:
             raise LookupError(f'this loan has no "{name}", it is of {", ".join(self._names)}')
-        return self._fds[self._names.index(name)]
+        return fds[self._names.index(name)]
+
+    def _held(self) -> Session:
+        try:
+            session = self._session
+        except AttributeError:
+            raise ClosedLoanError(self.entry) from None
+        if session.forked:
+            raise ForkedLoanError(self.entry)
+        return session
+
+    def _holding(self) -> Holding:
+        """Where a wrapper or a mapping is noted.  Under the gate, as is what it is made of: else
+        another thread may close the loan, and a stranger has its number."""
+        session = self._held()
+        if session.holding is None:
+            session.holding = Holding()
+        return session.holding
 
     def as_socket(self, name: str | None = None) -> socket.socket:
         """A socket object with a dup of its own, closed with the loan.  OSError if it is none.
 
         Its `settimeout` makes the *description* non-blocking, for the broker and all borrowers.
         """
-        fd = self.fileno(name)
-        with forks.GATE:
-            sock = wrappers.socket_of(fd)
-            self._session.wrappers.append(ref(sock))
-        forks.catch_up()
+        with gate():
+            holding = self._holding()
+            sock = wrappers.socket_of(self.fileno(name))
+            holding.add_wrapper(sock)
         return sock
 
     def open(
@@ -104,11 +123,11 @@ class Loan:
 
         ``"w"`` does not truncate, and every mode goes on at the offset that all borrowers share.
         """
-        fd = self.fileno(name)
-        with forks.GATE:
-            file = wrappers.file_of(fd, name or self.entry or "shared", mode, buffering, **text)
-            self._session.wrappers.append(ref(file))
-        forks.catch_up()
+        called = name or self.entry or "shared"
+        with gate():
+            holding = self._holding()
+            file = wrappers.file_of(self.fileno(name), called, mode, buffering, **text)
+            holding.add_wrapper(file)
         return file
 
     def mmap(
@@ -124,44 +143,72 @@ class Loan:
         `access` is mmap.ACCESS_READ or ACCESS_WRITE, by default what the descriptor allows.  The
         loan ends when it is closed *and* the last mapping is, or was garbage-collected.
         """
-        fd = self.fileno(name)
-        if access is None:
-            writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        with forks.GATE:
+        with gate():
+            holding = self._holding()
+            fd = self.fileno(name)
+            if access is None:
+                writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+                access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             mapping = _Mapping(fd, length, access=access, offset=offset)
-            mapping.of = self._session, self._session.share_lifeline()
-            self._session.mappings.append(ref(mapping))
-        forks.catch_up()
+            if holding.lifeline is None:
+                holding.lifeline = Lifeline(self._session)
+            mapping.of = self._session, holding.lifeline
+            holding.add_mapping(mapping)
         return mapping
 
     def detach(self) -> int:
         """The number, which is the caller's from now on; the loan stays out until this process
         ends, since nobody can know when the number is closed.  TypeError for a loan of several."""
-        number = self.fileno()
-        if len(self._fds) > 1:
-            raise TypeError("a loan of several cannot be detached: borrow them one by one")
-        for session in self._taken:
-            self._fds = []
-            session.give_away_descriptors()
-            keep_until_exit(session)
-        return number
+        with gate():
+            session = self._held()
+            if len(session.fds) > 1:
+                raise TypeError("a loan of several cannot be detached: borrow them one by one")
+            session.kept = True
+            until_exit.append(session)
+            owned.give_away(session.owned)
+            del self._session
+            return session.fds[0]
 
     def pass_fds(self) -> tuple[int, ...]:
         """The descriptors and, last, the session: for ``subprocess.Popen(pass_fds=...)``.
 
         The loan then lasts until this process has closed it and the child has ended.
         """
-        self.fileno()
-        self._session.split = True
-        return (*self._fds, self._session.sock.fileno())
+        with gate():
+            session = self._held()
+            session.split = True
+            return (*session.fds, session.sock.fileno())
 
     def close(self) -> None:
         """Return the loan.  Again: nothing happens.  Raises what a wrapper's last flush raised,
         after the loan is back."""
-        for session in self._taken:
-            self._fds = []
+        try:
+            session = self._session
+            del self._session
+        except AttributeError:  # a second time, or another thread was first
+            return
+        if session.holding is not None or other_threads():
             session.close_loan()
+            return
+        try:  # what `close_loan` does, written out for the usual case
+            session.thread = 0
+            received = session.owned
+            for rights in received:
+                any(map(close_number, rights))
+            received.clear()
+            if session.split:
+                session.end()
+                return
+            session.seq = seq = session.seq + 1
+            session.send(pack_head(RETURN_HEAD, seq), SEND_NOW)
+            pool = session.pool
+            pool.idle.append(session)
+            if pool.closed:
+                pool.close()
+        except BaseException as error:
+            session.end()
+            if not isinstance(error, OSError):
+                raise
 
     def __enter__(self) -> Loan:
         return self
@@ -174,17 +221,10 @@ class Loan:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        for session in getattr(self, "_taken", ()):  # an interrupted constructor has set none
-            try:
-                if not session.forked and not session.over:
-                    warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            finally:
-                forks.in_finalizer(session.close_loan)
-
     def __repr__(self) -> str:
         names = ", ".join(name or "shared" for name in self._names)
-        return f"<Loan of {names}, {'closed' if self.closed else f'fd {self._fds[0]}'}>"
+        state = "closed" if self.closed else f"fd {self._session.fds[0]}"
+        return f"<Loan of {names}, {state}>"
 
 
 class _Mapping(mmap.mmap):
@@ -194,10 +234,9 @@ class _Mapping(mmap.mmap):
 
     def close(self) -> None:
         """Unmap; BufferError while an array or a memoryview still looks at it."""
-        with forks.GATE:  # a mapping has a descriptor of its own, which ends here
+        with gate():  # a mapping has a descriptor of its own, which ends here
             super().close()
             self.of = None
-        forks.catch_up()
 
     def _end(self) -> None:
         with contextlib.suppress(BufferError):  # what looks at it ends with it: they are a cycle
@@ -207,4 +246,4 @@ class _Mapping(mmap.mmap):
         self.close()
 
     def __del__(self) -> None:
-        forks.in_finalizer(self._end)
+        in_finalizer(self._end)

@@ -1,86 +1,101 @@
 """A client's sessions: those that are idle, and new ones when none is.
 
-Two kinds are kept apart.  Most carry one request or loan after the other.  The *owners* have put
-an ephemeral entry, which retires when its session ends: they never carry a loan, since a fork
-would give a copy to a child, and they live as long as the process.
+Two kinds are kept apart.  Most *lend*: they carry one request or loan after the other.  Those
+that *put* (putter.py) send descriptors and never carry a loan, since a fork would give a copy of
+them to a child, and with it a part in the ephemeral entries that they own.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 
 from fdbroker.errors import ClosedClientError
 from fdbroker.ipc import forks
+from fdbroker.ipc.putter import Putter
 from fdbroker.ipc.session import Session
+from fdbroker.ipc.wire import until_exit
 
-IDLE_SESSIONS = 64  # kept for the next request; more of them end when they come back
-
-_until_exit: list[Session] = []  # owners of closed clients, sessions of detached descriptors
+IDLE_SESSIONS = 64  # kept for the next request
 
 
 class Pool:
-    """The sessions of one client with the broker at `address`; for any number of threads."""
+    """The sessions of one client with the broker at `address`; for any number of threads.
 
-    __slots__ = ("_idle", "_owners", "address", "closed")
+    Who gives a session back appends it first and then looks whether the pool was closed, and who
+    closes it does so first and then ends what is there: one of the two sees it.
+    """
+
+    __slots__ = ("address", "closed", "idle", "putters")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.closed = False
-        self._idle: deque[Session] = deque()
-        self._owners: deque[Session] = deque()
+        self.idle: deque[Session] = deque(maxlen=IDLE_SESSIONS)  # the oldest is dropped, so it ends
+        self.putters: deque[Putter] = deque()
 
     def take(self) -> Session:
-        """An idle session, or a new one; the caller's alone until it gives it back."""
-        return self._take(self._idle)
+        """An idle session that lends, or a new one; the caller's alone until it gives it back."""
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return self.open()
 
-    def take_owner(self) -> Session:
-        """The same, of those that own ephemeral entries."""
-        return self._take(self._owners)
-
-    def _take(self, idle: deque[Session]) -> Session:
+    def open(self) -> Session:
+        """A new one."""
         if self.closed:
             raise ClosedClientError()
-        if forks.later:  # what an interrupted finalizer left
-            forks.catch_up()
-        while True:
-            try:
-                session = idle.pop()
-            except IndexError:
-                return Session.open(self.address, self)
-            if not session.over:  # a fork may have ended it
-                return session
+        return Session.open(self.address, self)
 
     def give(self, session: Session) -> None:
         """Take an idle session back."""
-        if session.over:
-            return
-        if self.closed or len(self._idle) >= IDLE_SESSIONS:
-            session.end()
-        else:
-            self._idle.append(session)
-
-    def give_owner(self, session: Session) -> None:
-        """Take back a session that owns ephemeral entries."""
         if not session.over:
-            (_until_exit if self.closed else self._owners).append(session)
+            self.idle.append(session)
+            if self.closed:
+                self.close()
+
+    def take_putter(self) -> Putter:
+        """A session that puts."""
+        if self.closed:
+            raise ClosedClientError()
+        try:
+            return self.putters.pop()
+        except IndexError:
+            return Putter.open(self.address)
+
+    def give_putter(self, putter: Putter) -> None:
+        """Take it back, unless its last put went wrong: then it only goes on living."""
+        if putter.over:
+            return
+        if putter.spoilt:
+            until_exit.append(putter)
+        else:
+            self.putters.append(putter)
+            if self.closed:
+                self.close()
 
     def close(self) -> None:
-        """End the idle sessions; those on loan end when they come back."""
+        """End the idle sessions; those on loan end when they come back, and those that own
+        ephemeral entries with the process."""
         self.closed = True
-        while self._idle:
-            self._idle.pop().end()
-        while self._owners:
-            _until_exit.append(self._owners.pop())
+        with suppress(IndexError):  # another thread may take them out at the same time
+            while True:
+                self.idle.pop().end()
+        with suppress(IndexError):
+            while True:
+                putter = self.putters.pop()
+                if putter.owns:
+                    until_exit.append(putter)
+                else:
+                    putter.end()
 
 
-def keep_until_exit(session: Session) -> None:
-    """Keep a session open as long as the process lives, and in its forked children."""
-    session.kept = True
-    _until_exit.append(session)
-
-
-def end_kept(address: str) -> None:
-    """End the sessions that were kept for the broker at `address`, which itself ends now."""
-    for session in [session for session in _until_exit if session.address == address]:
-        _until_exit.remove(session)
-        session.end()
+def cut_off(address: str) -> None:
+    """End what this process has of the broker at `address`, which itself ends now and would wait
+    for it.  Loans that are open keep their descriptors."""
+    for wire in [wire for wire in until_exit if wire.address == address]:
+        until_exit.remove(wire)
+        wire.end()
+    for session in list(forks.sessions):
+        if isinstance(session, Session) and session.address == address:
+            session.cut_off()

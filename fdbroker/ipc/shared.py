@@ -12,7 +12,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.errors import UnknownTicket
+from fdbroker.errors import BrokerGone, ClosedClientError, NoBroker, UnknownTicket
 from fdbroker.ipc.client import Client, client_at
 
 if TYPE_CHECKING:
@@ -50,10 +50,15 @@ class SharedFD:
 
         Elsewhere, in a forked child too, it does nothing; so it does the second time.
         """
-        owner, self._owner = self._owner, None
+        owner = self._owner
         if owner is not None and self._owner_pid == os.getpid():
-            with contextlib.suppress(UnknownTicket):  # the broker has retired it already
-                owner.retire(self._ticket)
+            with contextlib.suppress(UnknownTicket, NoBroker, BrokerGone):  # it has ended already
+                try:
+                    owner.retire(self._ticket)
+                except ClosedClientError:  # not so its entry
+                    with Client(self._address) as other:
+                        other.retire(self._ticket)
+        self._owner = None
 
     def __enter__(self) -> SharedFD:
         return self

@@ -14,6 +14,7 @@ all.  What holds here:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -22,6 +23,7 @@ from fcntl import ioctl
 
 from fdbroker.errors import NoBroker, NotPermitted
 from fdbroker.ipc.address import check_path
+from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import DESCRIPTORS
 
 ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
@@ -50,9 +52,9 @@ Ancillary = tuple[tuple[int, int, bytes]]
 class Inbox:
     """Owns the descriptors that one message brought, until they are closed or given away.
 
-    `receive` puts what the kernel returned into `raw` within one call into C; `sort` only looks at
-    it.  The right to close each number is handed out by one iterator, once, and `map` takes it and
-    closes in C: neither a signal nor a second thread can come between the two.
+    What the kernel returned is put into `raw`; `sort` only looks at it.  The right to close each
+    number is handed out by one iterator, once, and `map` takes it and closes in C: neither a
+    signal nor a second thread can come between the two.
     """
 
     __slots__ = ("_rights", "fds", "raw")
@@ -105,14 +107,6 @@ class Inbox:
     def __del__(self) -> None:
         if getattr(self, "raw", None):  # an interrupted constructor has set none
             self.close()
-
-
-def receive(sock: socket.socket, into: Buffers, inbox: Inbox, flags: int = RECEIVE) -> None:
-    """Take one message into a buffer, its descriptors into an empty `inbox`.
-
-    After it `inbox.sort()` tells the size; 0 is the end of the session.
-    """
-    inbox.raw.extend(map(sock.recvmsg_into, into, (ANCILLARY_BYTES,), (flags,)))
 
 
 def receive_now(sock: socket.socket, size: int) -> tuple[bytes, Inbox | None]:
@@ -208,26 +202,38 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def client_socket() -> socket.socket:
-    """A socket that can be connected to a broker."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """A socket that can be connected to a broker; `TooManyFiles`."""
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise _told(error, "") from None
 
 
 def connect(address: str, sock: socket.socket | None = None) -> socket.socket:
-    """Connect to the broker at the path `address`; `NoBroker`, `NotPermitted`, `BadAddress`.
+    """Connect to the broker at the path `address`.
 
-    If this raises, the socket is closed, a `sock` of the caller's too.
+    `NoBroker`, `NotPermitted`, `BadAddress`, `TooManyFiles`.  If this raises, the socket is
+    closed, a `sock` of the caller's too.
     """
     sock = client_socket() if sock is None else sock
     try:
         check_path(address)
         sock.connect(address)
-    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+    except OSError as error:
         sock.close()
-        raise NoBroker(address) from None
-    except PermissionError:  # the mode of the socket, or of its folder
-        sock.close()
-        raise NotPermitted(os.geteuid(), "connect") from None
+        raise _told(error, address) from None
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _told(error: OSError, address: str) -> OSError:
+    """The error of ours that says it, or the same."""
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
+        return NoBroker(address)
+    if isinstance(error, PermissionError):  # the mode of the socket, or of its folder
+        return NotPermitted(os.geteuid(), "connect")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return too_many_files("client")
+    return error

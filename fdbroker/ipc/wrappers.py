@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
-from socket import socket
+from socket import SocketType, socket
 from typing import IO, Any, Protocol
 
 from fdbroker.rc import identity
@@ -66,9 +66,13 @@ def close(wrappers: Iterable[Wrapper], lent: Sequence[int]) -> OSError | None:
     error = None
     for wrapper in wrappers:
         try:
-            if isinstance(wrapper, socket) and _is_strange(wrapper.fileno(), lent):
+            if not isinstance(wrapper, socket):
+                wrapper.close()
+                continue
+            if _is_strange(wrapper.fileno(), lent):
                 wrapper.detach()
             wrapper.close()
+            SocketType.close(wrapper)  # `close` leaves that to the last file of `makefile`
         except OSError as failure:
             error = error or failure
         except ValueError:

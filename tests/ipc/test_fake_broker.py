@@ -34,7 +34,7 @@ def is_over(session: Raw) -> None:
 
 def test_a_newer_broker(address: str) -> None:
     def refuse(session: Raw) -> None:
-        assert session.receive() == ([HELLO, 0, 1], [])
+        assert session.receive() == ([HELLO, 0, 1, False], [])
         session.send(61, 0, 1, 2)
 
     with fake_broker(address, refuse), fdbroker.Client(address) as client:
@@ -90,7 +90,7 @@ def test_an_idle_session_that_has_ended_is_replaced(address: str) -> None:
     with fake_broker(address, serve, serve), fdbroker.Client(address) as client:
         client.stats()
         poll = select.poll()
-        poll.register(client._pool._idle[0].sock, select.POLLIN)
+        poll.register(client._pool.idle[0].sock, select.POLLIN)
         assert poll.poll(20_000)[0][1] & select.POLLHUP
         client.stats()
 

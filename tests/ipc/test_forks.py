@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -18,6 +19,7 @@ import support
 
 import fdbroker
 from fdbroker.errors import ForkedLoanError
+from fdbroker.ipc import forks as hooks
 
 
 def loans(broker: fdbroker.Client) -> int:
@@ -266,7 +268,7 @@ def test_a_mapping_of_a_closed_loan_goes_through_a_fork(
         assert view[3] == 3
         view.release()
         mapping.close()
-        assert support.targets()["socket"] == sockets - 1
+        assert support.targets()["socket"] == sockets - 2  # the loan's, and the one that put
 
     sockets = support.targets()["socket"]
     support.in_fork(in_the_child)
@@ -410,3 +412,81 @@ def test_forks_inside_a_signal_handler(
     assert forks >= 50
     assert wrong == [b""]
     support.wait_until(lambda: loans(broker) == 0)
+
+
+# --- hooks that are cut short -----------------------------------------------------------------
+
+INTERRUPTED = """
+import ctypes, functools, os, signal, sys, warnings
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+# a C function: the signal is there, and its handler runs where Python code next begins to run,
+# which is in the first of fdbroker's hooks
+signal.signal(signal.SIGUSR1, interrupt)
+send = functools.partial(getattr(ctypes.CDLL(None), "raise"), int(signal.SIGUSR1))
+os.register_at_fork(after_in_parent=send, after_in_child=send)
+cut_short = []
+sys.unraisablehook = lambda found: cut_short.append(found.exc_type)
+
+import fdbroker
+client = fdbroker.Client(sys.argv[1])
+for loan in [client.borrow("data") for _ in range(3)]:
+    loan.close()
+shared = client.borrow("data")
+reader, writer = os.pipe()
+pid = os.fork()
+assert cut_short == [KeyboardInterrupt]
+assert shared._session.split
+if pid == 0:
+    with client.borrow("data"):
+        (found,) = [loan for loan in client.loans() if loan.pid == os.getpid()]
+    os.write(writer, b"x")
+    os._exit(0)
+os.close(writer)
+assert os.read(reader, 1) == b"x", "the child has not borrowed"
+with client.borrow("data"):
+    assert len([loan for loan in client.loans() if loan.pid == os.getpid()]) == 2
+shared.close()
+os.waitpid(pid, 0)
+client.close()
+"""
+
+
+def test_an_interrupt_in_a_hook_leaves_no_session_to_two_processes(
+    broker: fdbroker.Broker, data_file: IO[bytes]
+) -> None:
+    broker.put("data", data_file)
+    path = os.pathsep.join(filter(None, sys.path))
+    subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, broker.address],
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=support.PATIENCE,
+    )
+    support.wait_until(lambda: loans(broker) == 0)
+
+
+def test_an_exception_at_one_session_spares_the_others(
+    broker: fdbroker.Broker, data_file: IO[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails:
+        def mark_at_fork(self, thread: int, in_child: bool) -> None:
+            pass
+
+        def close_in_child(self) -> None:
+            raise KeyboardInterrupt
+
+    broker.put("data", data_file)
+    for loan in [broker.borrow("data") for _ in range(3)]:
+        loan.close()
+    fails = Fails()
+    monkeypatch.setattr(hooks, "sessions", [fails, *hooks.sessions])
+
+    def in_the_child() -> int:
+        sys.unraisablehook = lambda found: None
+        return support.targets()["socket"]
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: None)
+    assert support.in_fork(in_the_child) == 0

@@ -1,0 +1,149 @@
+"""The way of a borrow: what is asked for, encoded once, and the one flat path of asking for it.
+
+Here and in `Loan.close` time is spent that every loan costs, and a call, an object, a property
+each takes a few percent of it (benchmarks/README.md).  So the usual case is written out: one
+process with one thread, a loan in one message, a broker that grants it in its usual form.
+Everything else is `Session.take_loan` and its like.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from itertools import starmap
+from threading import get_ident
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.ipc import messages
+from fdbroker.ipc.forks import catch_up, later, other_threads
+from fdbroker.ipc.loan import Loan
+from fdbroker.ipc.messages import BORROW, EXCLUSIVE, HEAD, READONLY, UINT16, UINT64
+from fdbroker.ipc.owned import ONE_MESSAGE
+from fdbroker.ipc.session import NOBODY
+from fdbroker.ipc.unix import SEND
+from fdbroker.ipc.wire import StaleSession
+from fdbroker.lender.names import check_name
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.pool import Pool
+
+KNOWN_BORROWS = 1024  # that are remembered
+GRANTED = b"\x95\x00\xcf"  # how a grant begins (messages.GRANT): an array of 5, code 0, the seq
+GRANT_START = struct.Struct(">3sQ7s")  # all of it but `since`
+pack_head, pack_start = HEAD.pack, GRANT_START.pack
+TOTALS = struct.Struct(">BHBHB")
+
+
+class Borrow(NamedTuple):
+    """A borrow that was checked and encoded: all that is the same when it is asked for again."""
+
+    head: bytes
+    tail: bytes
+    totals: bytes
+    """How a grant in one message goes on after its seq."""
+    unpack: Callable[[bytes], tuple[int, ...]]
+    """The descriptors of that message: struct.error if they are not as many as promised."""
+    names: tuple[str, ...]
+    exclusive: bool
+    timeout: float | None
+
+
+Key = tuple[str | bytes | tuple[str, ...], bool, str | None, float | None, str]
+_known: dict[Key, Borrow] = {}
+known = _known.get
+
+
+def prepare(key: Key) -> Borrow:
+    """Check and encode a borrow: what, exclusive, mode, timeout, purpose."""
+    what, exclusive, mode, timeout, purpose = key
+    if mode not in (None, "r"):
+        raise ValueError(f'mode is None or "r", not {mode!r}')
+    if timeout is not None:
+        timeout = check_timeout(timeout)
+    if purpose:
+        check_purpose(purpose)
+    names: tuple[str, ...] = ("",)
+    if isinstance(what, tuple):
+        check_names(names := what)
+    elif not isinstance(what, bytes):
+        check_name(what)
+        names = (what,)
+    flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
+    head, tail = messages.template(BORROW, what, flags, timeout, purpose)
+    total = len(names)
+    totals = TOTALS.pack(UINT16, total, UINT16, total, UINT64)
+    unpack = struct.Struct(f"{total}i").unpack
+    request = Borrow(head, tail, totals, unpack, names, bool(exclusive), timeout)
+    if len(_known) >= KNOWN_BORROWS:
+        _known.clear()
+    _known[key] = request
+    return request
+
+
+def borrow(pool: Pool, request: Borrow) -> Loan:
+    """Ask for it with a session of the pool; the loan holds the session then."""
+    head, tail, totals, unpack, names, exclusive, timeout = request
+    if later:  # what an interrupted finalizer left
+        catch_up()
+    while True:
+        try:
+            session = pool.idle.pop()
+        except IndexError:
+            session = pool.open()
+        try:
+            session.seq = seq = session.seq + 1
+            session.send(pack_head(head, seq) + tail, SEND)
+            received = session.owned
+            if timeout is None and not other_threads():
+                received.extend(starmap(session.recvmsg, ONE_MESSAGE))
+            else:
+                session.wait(seq, timeout)
+            reply, ancillary, _, _ = received[0]
+            usual = reply.startswith(pack_start(GRANTED, seq, totals))
+            try:
+                ((_, _, rights),) = ancillary if usual else []
+                fds = unpack(rights)
+                received[0] = iter(fds)
+            except (ValueError, struct.error):
+                fds, reply = session.take_loan(seq, len(names), timeout)
+            session.fds = fds
+            session.names = names
+            session.thread = NOBODY if exclusive else get_ident()
+            loan = Loan()
+            loan._names = names
+            loan._reply = reply
+            loan._session = session
+            return loan
+        except BaseException as error:
+            try:
+                session.give_up_after(error)
+            except StaleSession:
+                continue
+            pool.give(session)
+            raise
+
+
+def check_timeout(seconds: float) -> float | None:
+    """`seconds` as the wire takes it: None for infinity.  ValueError below 0 and for a NaN."""
+    if not seconds >= 0:
+        raise ValueError(f"a timeout is None or at least 0 seconds, not {seconds!r}")
+    return float(seconds) if seconds <= messages.TIMEOUT_SECONDS else None
+
+
+def check_purpose(purpose: str) -> None:
+    """ValueError for a purpose that is too long."""
+    if len(purpose.encode(errors="replace")) > messages.PURPOSE_BYTES or not purpose.isprintable():
+        limit = messages.PURPOSE_BYTES
+        raise ValueError(f"a purpose has at most {limit} printable bytes, not {purpose!a}")
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """`BadName` for one that is none, ValueError if they are too many for one message."""
+    if not names:
+        raise ValueError("borrow_all needs at least one name")
+    for name in names:
+        check_name(name)
+    if len(names) > messages.NAMES:
+        raise ValueError(f"at most {messages.NAMES} names can be borrowed at once")
+    if sum(map(len, names)) + 3 * len(names) > messages.MESSAGE_BYTES - 1024:  # the other fields
+        raise ValueError(f"these names take more than the {messages.MESSAGE_BYTES} bytes at once")

@@ -1,0 +1,71 @@
+"""Who owns received descriptors: a list that `recvmsg` itself fills, within one call into C.
+
+    owned.extend(starmap(sock.recvmsg, ONE_MESSAGE))
+
+A signal handler that raises finds a message either not received or in the list.  Once looked at,
+a message is replaced there, in one step, by the right to close each of its numbers: an iterator,
+which hands each out once, to a `map` that closes it in C.  So neither a signal nor a second
+thread can come between the taking of a right and the close, and to close again closes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from fdbroker.ipc.messages import MESSAGE_BYTES, REPLY_BYTES
+from fdbroker.ipc.unix import ANCILLARY_BYTES, INT, LOST, RECEIVE, RECEIVE_NOW, SCM_RIGHTS
+from fdbroker.ipc.unix import SOL_SOCKET as SOCKET
+
+Message = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as recvmsg returns it
+Owned = list[Any]  # of Message, or Iterator[int] in its place
+
+# the arguments of recvmsg, ready for `starmap`
+ONE_MESSAGE = ((REPLY_BYTES, ANCILLARY_BYTES, RECEIVE),)
+ONE_MESSAGE_NOW = ((REPLY_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
+ONE_PAGE = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE),)
+ONE_PAGE_NOW = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
+
+
+def look_at_last(owned: Owned) -> tuple[bytes, tuple[int, ...], bool]:
+    """The message that came last: its bytes, its descriptors, whether any was lost on the way."""
+    message: Message = owned[-1]
+    data, _, flags, _ = message
+    owned[-1], numbers = _rights(message)
+    return data, numbers, bool(flags & LOST)
+
+
+def _rights(message: Message) -> tuple[Iterator[int], tuple[int, ...]]:
+    numbers = tuple(
+        number
+        for level, kind, data in message[1]
+        if level == SOCKET and kind == SCM_RIGHTS
+        for (number,) in struct.iter_unpack(INT.format, data[: len(data) // INT.size * INT.size])
+    )
+    return iter(numbers), numbers
+
+
+def close(owned: Owned, start: int = 0) -> None:
+    """Close what is owned from that place on, each number once; the list ends there then.
+
+    A number that somebody else closed is passed over.
+    """
+    for place in range(start, len(owned)):
+        if isinstance(owned[place], tuple):
+            owned[place], _ = _rights(owned[place])
+        while True:
+            try:
+                any(map(os.close, owned[place]))
+                break
+            except OSError:  # that one is gone (close(2): never retry), go on with the others
+                continue
+    del owned[start:]
+
+
+def give_away(owned: Owned) -> None:
+    """The numbers are the caller's from now on."""
+    for rights in owned:
+        for _ in rights:
+            pass
