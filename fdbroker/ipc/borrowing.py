@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.ipc import messages
 from fdbroker.ipc.forks import catch_up, later, other_threads
 from fdbroker.ipc.loan import Loan
-from fdbroker.ipc.messages import BORROW, EXCLUSIVE, HEAD, READONLY, UINT16, UINT64
+from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY
 from fdbroker.ipc.owned import ONE_MESSAGE
 from fdbroker.ipc.session import NOBODY
 from fdbroker.ipc.unix import SEND
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
 
 KNOWN_BORROWS = 1024  # that are remembered
-GRANTED = b"\x95\x00\xcf"  # how a grant begins (messages.GRANT): an array of 5, code 0, the seq
 GRANT_START = struct.Struct(">3sQ7s")  # all of it but `since`
 pack_head, pack_start = HEAD.pack, GRANT_START.pack
-TOTALS = struct.Struct(">BHBHB")
 
 
 class Borrow(NamedTuple):
@@ -71,7 +69,7 @@ def prepare(key: Key) -> Borrow:
     flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
     head, tail = messages.template(BORROW, what, flags, timeout, purpose)
     total = len(names)
-    totals = TOTALS.pack(UINT16, total, UINT16, total, UINT64)
+    totals = messages.counts(total, total)
     unpack = struct.Struct(f"{total}i").unpack
     request = Borrow(head, tail, totals, unpack, names, bool(exclusive), timeout)
     if len(_known) >= KNOWN_BORROWS:

@@ -18,6 +18,7 @@ import os
 import select
 import struct
 from collections.abc import Callable
+from fcntl import ioctl
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +49,11 @@ from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
 from fdbroker.ipc.messages import (
     CANCEL,
     DESCRIPTORS,
+    GRANTED,
     HEAD_BYTES,
     HELLO,
     KNOWN,
+    ONE_OF_ONE,
     RETURN,
     VERBS,
     VERSION,
@@ -58,9 +61,11 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
     encode_grant,
+    pack_grant,
     unpack_head,
 )
 from fdbroker.ipc.session import descriptors_in_use
+from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.ipc.workers import Workers
 from fdbroker.lender.parts import FREE, LENT, Peer
@@ -77,7 +82,6 @@ EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer ha
 SECOND = 1_000_000_000
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
-NOTHING: tuple[Action, Any] = (lambda about, events: None), None  # it ended an event before
 
 log = logging.getLogger("fdbroker")
 
@@ -123,7 +127,10 @@ class Server:
             happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
             for number, events in happened:
-                action, about = watched.get(number, NOTHING)
+                found = watched.get(number)
+                if found is None:  # it ended with an event before this one
+                    continue
+                action, about = found
                 try:
                     action(about, events)
                 except Exception:  # a mistake of ours must not end every loan of everybody
@@ -247,10 +254,13 @@ class Server:
                 if connection.state != READY or seq != session.seq + 1:
                     self._receive_unusual(connection, data)
                     return
-                reply = HANDLERS[verb](self, connection, seq, fields)
-                if reply is not None:
-                    self.reply(connection, reply)
-                if verb != RETURN or self.lender.decisions:
+                if verb != RETURN:
+                    reply = HANDLERS[verb](self, connection, seq, fields)
+                    if reply is not None:
+                        self.reply(connection, reply)
+                    return
+                self.lender.give_back(session, seq, self.now)
+                if self.lender.decisions:
                     return
         except BlockingIOError:
             pass
@@ -388,7 +398,7 @@ class Server:
         if connection.state == ENDED:
             return
         try:
-            connection.sock.send(data, unix.SEND_NOW)
+            connection.sock.send(data, SEND_NOW)
         except BlockingIOError:
             log.warning("event=ended %s reason=it-does-not-read", connection)
             self.end(connection)
@@ -404,25 +414,23 @@ class Server:
         """
         session = connection.session
         entries, wish = session.entries, session.wish
-        assert wish is not None
-        if fresh is None and wish.readonly:
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        if queued[0] >= LEAST_QUEUED:
+            self._wait_until_read(connection, Unsent(seq, offset, fresh))
+            return
+        if fresh is None and wish is not None and wish.readonly:
             sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
             self.start_job(connection, Reopen(connection, seq, offset, sysfds))
             return
-        if not unix.all_read(connection.number):
-            connection.state, connection.unsent = UNREAD, Unsent(seq, offset, fresh)
-            self._watched[connection.number] = self._send_unsent, connection
-            self._epoll.modify(connection.number, EMPTIED)
-            return
-        total = count = len(entries)
-        if total == 1 and fresh is None:
+        if len(entries) == 1 and fresh is None:
+            data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
             rights = entries[0].ancillary
         else:
             fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
-            count, rights = len(fds), unix.rights(fds)
-        data = encode_grant(seq, total, count, session.since)
+            data = encode_grant(seq, len(entries), len(fds), session.since)
+            rights = unix.rights(fds)
         try:
-            connection.sock.sendmsg((data,), rights, unix.SEND_NOW)
+            connection.sock.sendmsg((data,), rights, SEND_NOW)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.end(connection)
         except OSError as error:
@@ -436,11 +444,17 @@ class Server:
         self.lender.take_back(connection.session, self.now)
         self.reply(connection, encode_error(seq, error))
 
+    def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:
+        connection.state, connection.unsent = UNREAD, unsent
+        self._watched[connection.number] = self._send_unsent, connection
+        self._epoll.modify(connection.number, EMPTIED)
+
     def _send_unsent(self, connection: Connection, events: int) -> None:
         """The client has read a message, or is gone; then what it sent before is received."""
         unsent = connection.unsent
         assert unsent is not None
-        if not events & GONE and not unix.all_read(connection.number):
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        if not events & GONE and queued[0] >= LEAST_QUEUED:
             return
         self._watched[connection.number] = self._serve, connection
         self._epoll.modify(connection.number, READABLE)
