@@ -47,6 +47,7 @@ from fdbroker.ipc.connection import (
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
 from fdbroker.ipc.messages import (
+    BORROW,
     CANCEL,
     DESCRIPTORS,
     GRANTED,
@@ -199,7 +200,7 @@ class Server:
 
     def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
         if error is None and connection.session.state == LENT:
-            self.hand_over(connection, seq, 0)
+            self.hand_over(connection, seq)
         elif error is None:
             self.reply(connection, encode([0, seq]))
         elif self.draining and isinstance(error, EntryRetired):
@@ -241,10 +242,10 @@ class Server:
         After a RETURN we look for one more: a busy client's next request is there by then, and to
         find it so costs less than to ask epoll again.
         """
-        session = connection.session
+        session, receive, lender = connection.session, connection.receive, self.lender
         try:
             while True:
-                data = connection.receive()
+                data = receive()
                 try:
                     head, seq = unpack_head(data)
                     verb, fields = KNOWN[head + data[HEAD_BYTES:]]
@@ -254,13 +255,16 @@ class Server:
                 if connection.state != READY or seq != session.seq + 1:
                     self._receive_unusual(connection, data)
                     return
-                if verb != RETURN:
-                    reply = HANDLERS[verb](self, connection, seq, fields)
-                    if reply is not None:
-                        self.reply(connection, reply)
+                if verb == RETURN:
+                    lender.give_back(session, seq, self.now)
+                    if lender.decisions:
+                        return
+                elif verb == BORROW:  # as its handler does
+                    if lender.borrow(session, seq, fields, self.now):
+                        self.hand_over(connection, seq)
                     return
-                self.lender.give_back(session, seq, self.now)
-                if self.lender.decisions:
+                else:
+                    self._handle(connection, verb, seq, fields)
                     return
         except BlockingIOError:
             pass
@@ -287,14 +291,17 @@ class Server:
             if connection.state == GREETING:
                 self._greet(connection, verb, seq, fields)
             elif connection.state == READY and seq == connection.session.seq + 1:
-                reply = HANDLERS[verb](self, connection, seq, fields)
-                if reply is not None:
-                    self.reply(connection, reply)
+                self._handle(connection, verb, seq, fields)
             else:
                 self._receive_out_of_turn(connection, verb, seq)
         finally:
             if connection.inbox is not None:
                 self._drop_inbox(connection)
+
+    def _handle(self, connection: Connection, verb: int, seq: int, fields: Any) -> None:
+        reply = HANDLERS[verb](self, connection, seq, fields)
+        if reply is not None:
+            self.reply(connection, reply)
 
     def _receive_out_of_turn(self, connection: Connection, verb: int, seq: int) -> None:
         """An old message is ignored, the last borrow is answered again, a gap is a fault."""
@@ -311,7 +318,7 @@ class Server:
             and session.state == LENT
             and seq == session.seq == session.borrow_seq
         ):
-            self.hand_over(connection, seq, 0)
+            self.hand_over(connection, seq)
 
     def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
         """Its request cannot be granted: the answer says why."""
@@ -406,7 +413,7 @@ class Server:
             self.end(connection)
 
     def hand_over(
-        self, connection: Connection, seq: int, offset: int, fresh: list[int] | None = None
+        self, connection: Connection, seq: int, offset: int = 0, fresh: list[int] | None = None
     ) -> None:
         """Send the descriptors of a loan, which is on the ledger, from `offset` on.
 

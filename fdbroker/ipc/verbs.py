@@ -71,7 +71,7 @@ def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
     """Grant it now, or let the session wait for its turn."""
     if server.lender.borrow(at.session, seq, wish, server.now):
-        server.hand_over(at, seq, 0)
+        server.hand_over(at, seq)
     return None
 
 
