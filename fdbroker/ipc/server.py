@@ -1,10 +1,10 @@
-"""The broker's loop: one thread that serves all sessions.
+"""The broker: it serves all sessions in one thread.
 
-Every session is one socket in one epoll.  A readable one is served with one receive: one message,
-decoded, checked, handled (verbs.py), answered.  What others are to be told because of it follows
-at once (`_settle`).  What can take long is done by workers, and finished here.
+Every session is one socket in the loop's epoll.  A readable one is served with one receive: one
+message, decoded, checked, handled (verbs.py), answered.  What others are to be told because of it
+follows at once (`settle`).  What can take long is done by workers, and finished here.
 
-The loop trusts nobody.  It never waits for a client: a message that cannot be sent at once ends
+It trusts nobody.  It never waits for a client: a message that cannot be sent at once ends
 the session, and one with descriptors is only sent when the client has read the one before (the
 kernel counts descriptors in flight per uid, and a client that never reads would use them up).  It
 never polls a descriptor that it lends.  A fault of a client ends that client's session.
@@ -17,9 +17,7 @@ import logging
 import os
 import select
 import struct
-from collections.abc import Callable
 from fcntl import ioctl
-from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import (
@@ -46,6 +44,7 @@ from fdbroker.ipc.connection import (
 )
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
+from fdbroker.ipc.loop import READABLE, Loop
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
@@ -68,7 +67,6 @@ from fdbroker.ipc.messages import (
 from fdbroker.ipc.session import descriptors_in_use
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
-from fdbroker.ipc.workers import Workers
 from fdbroker.lender.parts import FREE, LENT, Peer
 
 if TYPE_CHECKING:
@@ -76,85 +74,26 @@ if TYPE_CHECKING:
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
 
-READABLE = int(select.EPOLLIN)
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
-EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
-SECOND = 1_000_000_000
-
-Action = Callable[[Any, int], None]  # what it is about, the events of epoll
 
 log = logging.getLogger("fdbroker")
 
 
-class Server:
+class Server(Loop):
     """Serves the books of `lender` at `listener`, until it has drained."""
 
     def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
+        super().__init__(lender)
         self.listener = listener
-        self.lender = lender
         self.custody = custody or Custody()
-        self.workers = Workers()
-        self.draining = False
-        self.now = clock_gettime_ns(CLOCK_BOOTTIME)  # when the events at hand were taken
-        self._deadline: int | None = None  # of the drain
         self._uids = {0, os.geteuid()}  # who is served
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
-        self._watched: dict[int, tuple[Action, Any]] = {}
         self._accepting = True
-        self._epoll = select.epoll()
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
-
-    # --- the loop ---
-
-    def watch(self, number: int, action: Action, about: Any = None) -> None:
-        """Call ``action(about, events)`` whenever `number`, the caller's, is readable."""
-        self._watched[number] = action, about
-        self._epoll.register(number, READABLE)
-
-    def unwatch(self, number: int) -> None:
-        """The opposite."""
-        if self._watched.pop(number, None) is not None:
-            self._epoll.unregister(number)
-
-    def run(self) -> None:
-        """Serve until drained."""
-        lender, watched, poll = self.lender, self._watched, self._epoll.poll
-        while not self.draining or not self._finished():
-            patience = self._patience() if lender.deadlines or self.draining else None
-            happened = poll(patience, EVENTS)
-            self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-            for number, events in happened:
-                found = watched.get(number)
-                if found is None:  # it ended with an event before this one
-                    continue
-                action, about = found
-                try:
-                    action(about, events)
-                except Exception:  # a mistake of ours must not end every loan of everybody
-                    log.exception("event=error number=%d", number)
-                if lender.decisions or lender.closings:
-                    self._settle()
-            if lender.deadlines:
-                lender.expire(self.now)
-                self._settle()
-
-    def drain(self, seconds: float | None) -> None:
-        """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
-        or after that many seconds.  None: however long it takes.  The earliest deadline holds."""
-        if seconds is not None:
-            deadline = self.now + int(seconds * SECOND)
-            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
-        if self.draining:
-            return
-        self.draining = True
-        log.info("event=drain loans=%d entries=%d", self.lender.loans, len(self.lender.entries))
-        for entry in [*self.lender.names.values(), *self.lender.tickets.values()]:
-            self.lender.start_retiring(entry, self.now)
-        self._settle()
 
     def close(self) -> None:
         """End all sessions and stop listening; what is still lent stays valid at the borrowers."""
@@ -168,22 +107,7 @@ class Server:
         self.workers.close()
         self.listener.close()
 
-    def _finished(self) -> bool:
-        """Whether a drain is over."""
-        done = not self.lender.entries and not self.workers.pending
-        return done or (self._deadline is not None and self.now >= self._deadline)
-
-    def _patience(self) -> float | None:
-        """Seconds until the loop has something to do by itself."""
-        deadline = self._deadline
-        if self.lender.deadlines:
-            first = self.lender.next_deadline()
-            deadline = first if deadline is None else min(deadline, first or deadline)
-        if deadline is None:
-            return None
-        return max(0.0, (deadline - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
         while self.lender.decisions or self.lender.closings:
             while self.lender.decisions:
@@ -453,8 +377,7 @@ class Server:
 
     def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:
         connection.state, connection.unsent = UNREAD, unsent
-        self._watched[connection.number] = self._send_unsent, connection
-        self._epoll.modify(connection.number, EMPTIED)
+        self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
 
     def _send_unsent(self, connection: Connection, events: int) -> None:
         """The client has read a message, or is gone; then what it sent before is received."""
@@ -463,8 +386,7 @@ class Server:
         ioctl(connection.number, SIOCOUTQ, QUEUED)
         if not events & GONE and queued[0] >= LEAST_QUEUED:
             return
-        self._watched[connection.number] = self._serve, connection
-        self._epoll.modify(connection.number, READABLE)
+        self.rewatch(connection.number, READABLE, self._serve, connection)
         connection.state = READY
         if events & GONE:
             self._drop_unsent(connection)

@@ -15,6 +15,7 @@ def test_a_client_that_goes_while_a_grant_waits_returns_its_loan(
 ) -> None:
     """Its second grant waits until it has read the first; but it is gone, whatever it had sent."""
     broker.put("data", data_file)
+    broker.stats()
     before = open_files(broker.pid)
     for sent in range(300):
         with Raw(broker.address) as raw:
