@@ -255,8 +255,8 @@ def _check(code: int, fields: list[Any]) -> Any:
             size = value or 0
         if not least <= size <= limit:  # so written that a NaN fails
             raise ProtocolError("client", f"{name} is not within {least} to {limit}")
-        if kind is list:
-            _check_names(value)
+        if name == "names":
+            _check_names(value if kind is list else [value])
     return verb.becomes(fields)
 
 

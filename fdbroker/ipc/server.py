@@ -44,6 +44,7 @@ from fdbroker.ipc.connection import (
 )
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
+from fdbroker.ipc.limits import descriptors_in_use
 from fdbroker.ipc.loop import READABLE, Loop
 from fdbroker.ipc.messages import (
     BORROW,
@@ -64,7 +65,6 @@ from fdbroker.ipc.messages import (
     pack_grant,
     unpack_head,
 )
-from fdbroker.ipc.session import descriptors_in_use
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.lender.parts import FREE, LENT, Peer
