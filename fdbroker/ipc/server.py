@@ -169,7 +169,13 @@ class Server(Loop):
         session, receive, lender = connection.session, connection.receive, self.lender
         try:
             while True:
-                data = receive()
+                try:
+                    data = receive()
+                except BlockingIOError:
+                    return
+                except OSError:  # ECONNRESET: it died with our messages unread
+                    self.end(connection)
+                    return
                 try:
                     head, seq = unpack_head(data)
                     verb, fields = KNOWN[head + data[HEAD_BYTES:]]
@@ -190,14 +196,10 @@ class Server(Loop):
                 else:
                     self._handle(connection, verb, seq, fields)
                     return
-        except BlockingIOError:
-            pass
         except ProtocolError as error:
             self._fault(connection, error)
         except FDBrokerError as error:
             self._refuse(connection, error)
-        except OSError:  # ECONNRESET: it died with our messages unread
-            self.end(connection)
         except Exception:
             self._blame_us(connection)
 
