@@ -106,7 +106,7 @@ def _nr_open() -> int:
 
 
 def _watch_owner(server: Server, owner_fd: int) -> None:
-    def owner_has_ended() -> None:
+    def owner_has_ended(about: None, events: int) -> None:
         server.unwatch(owner_fd)
         os.close(owner_fd)
         server.drain(None)
@@ -130,7 +130,7 @@ def _signals(server: Server, drain_seconds: float) -> Iterator[None]:
     arrived, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     deadlines = chain([drain_seconds], repeat(0.0))
 
-    def drain() -> None:
+    def drain(about: None, events: int) -> None:
         for _ in os.read(arrived, 64):  # a byte for each signal
             server.drain(next(deadlines))
 

@@ -1,6 +1,7 @@
 """The broker's end of a session: a socket, who is there, and what it is doing.
 
     GREETING -> READY       its hello was answered, it has a session
+    READY    -> LADEN       the message at hand came with descriptors       -> READY
     READY    -> WORKING     its request is with a worker            -> READY when that is back
     READY    -> UNREAD      a message with descriptors waits until the client has read the one
                             before it; nothing more is received     -> READY when it has
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.unix import Inbox
 
-GREETING, READY, WORKING, UNREAD, ENDED = range(5)
+GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
 
-NOBODY = Session(-1, 0, Peer(-1, -1, 0))  # the session of who has none yet
+NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""))  # the session of who has none yet
 NOBODY.state = FREE
 
 
@@ -77,6 +78,8 @@ class Connection:
 
     def _receive_with_descriptors(self) -> bytes:
         data, self.inbox = unix.receive_now(self.sock, MESSAGE_BYTES)
+        if self.inbox is not None and self.state == READY:
+            self.state = LADEN
         return data
 
     def __str__(self) -> str:

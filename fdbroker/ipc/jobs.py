@@ -12,8 +12,8 @@ from fdbroker import descriptors
 from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError, UnsupportedKind
 from fdbroker.ipc import unix
 from fdbroker.ipc.connection import ENDED
+from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode, encode_error
-from fdbroker.ipc.session import too_many_files
 from fdbroker.ipc.workers import CLOSING, Job
 from fdbroker.rc import FD
 

@@ -200,8 +200,8 @@ class Loan:
                 session.end()
                 return
             session.seq = seq = session.seq + 1
-            session.send(pack_head(RETURN_HEAD, seq), SEND_NOW)
-            pool = session.pool
+            send, pool = session.send, session.pool
+            send(pack_head(RETURN_HEAD, seq), SEND_NOW)
             pool.idle.append(session)
             if pool.closed:
                 pool.close()

@@ -52,8 +52,10 @@ UINT64 = 0xCF  # msgpack's
 SECOND = 1_000_000_000  # the ledger counts nanoseconds
 KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 1024
-GRANT = struct.Struct(">3sQBHBHBQ")  # the reply to BORROW and MORE, in msgpack's widest forms
 UINT16 = 0xCD
+GRANT = struct.Struct(">3sQ7sQ")  # the reply to BORROW and MORE, in msgpack's widest forms:
+GRANTED = b"\x95\x00\xcf"  # an array of five: 0, the seq, ...
+COUNTS = struct.Struct(">BHBHB")  # ... the two counts of descriptors, since
 
 
 class Field(NamedTuple):
@@ -183,7 +185,16 @@ def template(verb: int, *fields: Any) -> Template:
 
 def encode_grant(seq: int, total: int, count: int, since: int) -> bytes:
     """The bytes of the reply that comes with `count` of a loan's `total` descriptors."""
-    return GRANT.pack(b"\x95\x00\xcf", seq, UINT16, total, UINT16, count, UINT64, since)
+    return GRANT.pack(GRANTED, seq, counts(total, count), since)
+
+
+def counts(total: int, count: int) -> bytes:
+    """The counts of a grant, with what introduces `since`."""
+    return COUNTS.pack(UINT16, total, UINT16, count, UINT64)
+
+
+ONE_OF_ONE = counts(1, 1)
+pack_grant = GRANT.pack
 
 
 def encode_error(seq: int, error: FDBrokerError) -> bytes:
@@ -244,8 +255,8 @@ def _check(code: int, fields: list[Any]) -> Any:
             size = value or 0
         if not least <= size <= limit:  # so written that a NaN fails
             raise ProtocolError("client", f"{name} is not within {least} to {limit}")
-        if kind is list:
-            _check_names(value)
+        if name == "names":
+            _check_names(value if kind is list else [value])
     return verb.becomes(fields)
 
 

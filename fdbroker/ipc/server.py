@@ -1,10 +1,10 @@
-"""The broker's loop: one thread that serves all sessions.
+"""The broker: it serves all sessions in one thread.
 
-Every session is one socket in one epoll.  A readable one is served with one receive: one message,
-decoded, checked, handled (verbs.py), answered.  What others are to be told because of it follows
-at once (`_settle`).  What can take long is done by workers, and finished here.
+Every session is one socket in the loop's epoll.  A readable one is served with one receive: one
+message, decoded, checked, handled (verbs.py), answered.  What others are to be told because of it
+follows at once (`settle`).  What can take long is done by workers, and finished here.
 
-The loop trusts nobody.  It never waits for a client: a message that cannot be sent at once ends
+It trusts nobody.  It never waits for a client: a message that cannot be sent at once ends
 the session, and one with descriptors is only sent when the client has read the one before (the
 kernel counts descriptors in flight per uid, and a client that never reads would use them up).  It
 never polls a descriptor that it lends.  A fault of a client ends that client's session.
@@ -16,8 +16,9 @@ import errno
 import logging
 import os
 import select
-from time import CLOCK_BOOTTIME, clock_gettime_ns
-from typing import TYPE_CHECKING
+import struct
+from fcntl import ioctl
+from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import (
     BrokerClosing,
@@ -34,6 +35,7 @@ from fdbroker.ipc import unix
 from fdbroker.ipc.connection import (
     ENDED,
     GREETING,
+    LADEN,
     READY,
     UNREAD,
     WORKING,
@@ -42,12 +44,17 @@ from fdbroker.ipc.connection import (
 )
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
+from fdbroker.ipc.limits import descriptors_in_use
+from fdbroker.ipc.loop import READABLE, Loop
 from fdbroker.ipc.messages import (
+    BORROW,
     CANCEL,
     DESCRIPTORS,
+    GRANTED,
     HEAD_BYTES,
     HELLO,
     KNOWN,
+    ONE_OF_ONE,
     RETURN,
     VERBS,
     VERSION,
@@ -55,107 +62,38 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
     encode_grant,
+    pack_grant,
     unpack_head,
 )
-from fdbroker.ipc.session import descriptors_in_use
+from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
-from fdbroker.ipc.workers import Workers
 from fdbroker.lender.parts import FREE, LENT, Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
 
-READABLE = int(select.EPOLLIN)
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
-EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
-SECOND = 1_000_000_000
 
 log = logging.getLogger("fdbroker")
 
 
-class Server:
+class Server(Loop):
     """Serves the books of `lender` at `listener`, until it has drained."""
 
     def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
+        super().__init__(lender)
         self.listener = listener
-        self.lender = lender
         self.custody = custody or Custody()
-        self.workers = Workers()
-        self.draining = False
-        self.now = clock_gettime_ns(CLOCK_BOOTTIME)  # when the events at hand were taken
-        self._deadline: int | None = None  # of the drain
         self._uids = {0, os.geteuid()}  # who is served
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
-        self._watched: dict[int, Callable[[], None]] = {}
         self._accepting = True
-        self._epoll = select.epoll()
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
-
-    # --- the loop ---
-
-    def watch(self, number: int, action: Callable[[], None]) -> None:
-        """Call `action` whenever descriptor `number`, which stays the caller's, is readable."""
-        self._watched[number] = action
-        self._epoll.register(number, READABLE)
-
-    def unwatch(self, number: int) -> None:
-        """The opposite."""
-        if self._watched.pop(number, None) is not None:
-            self._epoll.unregister(number)
-
-    def run(self) -> None:
-        """Serve until drained."""
-        lender, connections, poll = self.lender, self._connections, self._epoll.poll
-        while not self.draining or not self._finished():
-            patience = self._patience() if lender.deadlines or self.draining else None
-            events = poll(patience, EVENTS)
-            self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-            for number, event in events:
-                connection = connections.get(number)
-                if connection is None:
-                    self._attend(number)
-                elif connection.state == UNREAD:
-                    self._send_unsent(connection, event)
-                elif self._receive(connection) and not lender.decisions:
-                    # a busy client's next request is there already: to find it so costs less
-                    # than to ask epoll again
-                    self._receive(connection)
-                if lender.decisions or lender.closings:
-                    self._settle()
-            if lender.deadlines:
-                lender.expire(self.now)
-                self._settle()
-
-    def _attend(self, number: int) -> None:
-        """Do what is to be done for a watched descriptor."""
-        action = self._watched.get(number)
-        if action is not None:  # else it ended with an event before this one
-            try:
-                action()
-            except Exception:  # a mistake of ours must not end every loan of everybody
-                log.exception("event=error action=%s", action.__name__)
-
-    def drain(self, seconds: float | None) -> None:
-        """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
-        or after that many seconds.  None: however long it takes.  The earliest deadline holds."""
-        if seconds is not None:
-            deadline = self.now + int(seconds * SECOND)
-            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
-        if self.draining:
-            return
-        self.draining = True
-        log.info("event=drain loans=%d entries=%d", self.lender.loans, len(self.lender.entries))
-        for entry in [*self.lender.names.values(), *self.lender.tickets.values()]:
-            self.lender.start_retiring(entry, self.now)
-        self._settle()
 
     def close(self) -> None:
         """End all sessions and stop listening; what is still lent stays valid at the borrowers."""
@@ -169,22 +107,7 @@ class Server:
         self.workers.close()
         self.listener.close()
 
-    def _finished(self) -> bool:
-        """Whether a drain is over."""
-        done = not self.lender.entries and not self.workers.pending
-        return done or (self._deadline is not None and self.now >= self._deadline)
-
-    def _patience(self) -> float | None:
-        """Seconds until the loop has something to do by itself."""
-        deadline = self._deadline
-        if self.lender.deadlines:
-            first = self.lender.next_deadline()
-            deadline = first if deadline is None else min(deadline, first or deadline)
-        if deadline is None:
-            return None
-        return max(0.0, (deadline - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
         while self.lender.decisions or self.lender.closings:
             while self.lender.decisions:
@@ -201,7 +124,7 @@ class Server:
 
     def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
         if error is None and connection.session.state == LENT:
-            self.hand_over(connection, seq, 0)
+            self.hand_over(connection, seq)
         elif error is None:
             self.reply(connection, encode([0, seq]))
         elif self.draining and isinstance(error, EntryRetired):
@@ -209,12 +132,12 @@ class Server:
         else:
             self.reply(connection, encode_error(seq, error))
 
-    def _finish_jobs(self) -> None:
+    def _finish_jobs(self, about: None, events: int) -> None:
         self.workers.finish(self)
 
     # --- sessions ---
 
-    def _accept(self) -> None:
+    def _accept(self, about: None, events: int) -> None:
         try:
             sock = self.listener.accept()
         except OSError as error:
@@ -228,7 +151,7 @@ class Server:
         if sock is not None:
             connection = Connection(sock, Peer(*unix.credentials(sock)))
             self._connections[connection.number] = connection
-            self._epoll.register(connection.number, READABLE)
+            self.watch(connection.number, self._serve, connection)
 
     def resume_accepting(self) -> None:
         """A descriptor has become free."""
@@ -236,40 +159,49 @@ class Server:
             self._accepting = True
             self.watch(self.listener.sock.fileno(), self._accept)
 
-    def _receive(self, connection: Connection) -> bool:
-        """Take one message of one session and act upon it; whether it was a RETURN.
+    def _serve(self, connection: Connection, events: int) -> None:
+        """A session can be received from: take one message and act upon it.
 
         A request that was seen before, and comes in turn, needs neither decoding nor checks.
+        After a RETURN we look for one more: a busy client's next request is there by then, and to
+        find it so costs less than to ask epoll again.
         """
+        session, receive, lender = connection.session, connection.receive, self.lender
         try:
-            data = connection.receive()
-        except BlockingIOError:
-            return False
-        except OSError:  # ECONNRESET: it died with our messages unread
-            data = b""
-        try:
-            if len(data) >= HEAD_BYTES:
-                head, seq = unpack_head(data)
-                known = KNOWN.get(head + data[HEAD_BYTES:])
-                if (
-                    known is not None
-                    and connection.state == READY
-                    and connection.inbox is None
-                    and seq == connection.session.seq + 1
-                ):
-                    verb, fields = known
-                    reply = HANDLERS[verb](self, connection, seq, fields)
-                    if reply is not None:
-                        self.reply(connection, reply)
-                    return verb == RETURN
-            self._receive_unusual(connection, data)
+            while True:
+                try:
+                    data = receive()
+                except BlockingIOError:
+                    return
+                except OSError:  # ECONNRESET: it died with our messages unread
+                    self.end(connection)
+                    return
+                try:
+                    head, seq = unpack_head(data)
+                    verb, fields = KNOWN[head + data[HEAD_BYTES:]]
+                except (KeyError, struct.error):
+                    self._receive_unusual(connection, data)
+                    return
+                if connection.state != READY or seq != session.seq + 1:
+                    self._receive_unusual(connection, data)
+                    return
+                if verb == RETURN:
+                    lender.give_back(session, seq, self.now)
+                    if lender.decisions:
+                        return
+                elif verb == BORROW:  # as its handler does
+                    if lender.borrow(session, seq, fields, self.now):
+                        self.hand_over(connection, seq)
+                    return
+                else:
+                    self._handle(connection, verb, seq, fields)
+                    return
         except ProtocolError as error:
             self._fault(connection, error)
         except FDBrokerError as error:
             self._refuse(connection, error)
         except Exception:
             self._blame_us(connection)
-        return False
 
     def _receive_unusual(self, connection: Connection, data: bytes) -> None:
         """The same for what was not said before, comes with descriptors, or out of turn."""
@@ -277,20 +209,25 @@ class Server:
             if not data:
                 self.end(connection)
                 return
+            if connection.state == LADEN:
+                connection.state = READY
             verb, seq, fields = decode_request(data)
             if connection.inbox is not None and not VERBS[verb].takes_descriptor:
                 raise ProtocolError("client", "it sent descriptors that nobody asked for")
             if connection.state == GREETING:
                 self._greet(connection, verb, seq, fields)
             elif connection.state == READY and seq == connection.session.seq + 1:
-                reply = HANDLERS[verb](self, connection, seq, fields)
-                if reply is not None:
-                    self.reply(connection, reply)
+                self._handle(connection, verb, seq, fields)
             else:
                 self._receive_out_of_turn(connection, verb, seq)
         finally:
             if connection.inbox is not None:
                 self._drop_inbox(connection)
+
+    def _handle(self, connection: Connection, verb: int, seq: int, fields: Any) -> None:
+        reply = HANDLERS[verb](self, connection, seq, fields)
+        if reply is not None:
+            self.reply(connection, reply)
 
     def _receive_out_of_turn(self, connection: Connection, verb: int, seq: int) -> None:
         """An old message is ignored, the last borrow is answered again, a gap is a fault."""
@@ -307,7 +244,7 @@ class Server:
             and session.state == LENT
             and seq == session.seq == session.borrow_seq
         ):
-            self.hand_over(connection, seq, 0)
+            self.hand_over(connection, seq)
 
     def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
         """Its request cannot be granted: the answer says why."""
@@ -384,7 +321,7 @@ class Server:
 
     def _hang_up(self, connection: Connection) -> None:
         unix.shut_down(connection.sock)
-        self._epoll.unregister(connection.number)
+        self.unwatch(connection.number)
         self.workers.submit(HangUp(connection.sock))
 
     # --- answers ---
@@ -394,7 +331,7 @@ class Server:
         if connection.state == ENDED:
             return
         try:
-            connection.sock.send(data, unix.SEND_NOW)
+            connection.sock.send(data, SEND_NOW)
         except BlockingIOError:
             log.warning("event=ended %s reason=it-does-not-read", connection)
             self.end(connection)
@@ -402,7 +339,7 @@ class Server:
             self.end(connection)
 
     def hand_over(
-        self, connection: Connection, seq: int, offset: int, fresh: list[int] | None = None
+        self, connection: Connection, seq: int, offset: int = 0, fresh: list[int] | None = None
     ) -> None:
         """Send the descriptors of a loan, which is on the ledger, from `offset` on.
 
@@ -410,24 +347,23 @@ class Server:
         """
         session = connection.session
         entries, wish = session.entries, session.wish
-        assert wish is not None
-        if fresh is None and wish.readonly:
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        if queued[0] >= LEAST_QUEUED:
+            self._wait_until_read(connection, Unsent(seq, offset, fresh))
+            return
+        if fresh is None and wish is not None and wish.readonly:
             sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
             self.start_job(connection, Reopen(connection, seq, offset, sysfds))
             return
-        if not unix.all_read(connection.number):
-            connection.state, connection.unsent = UNREAD, Unsent(seq, offset, fresh)
-            self._epoll.modify(connection.number, EMPTIED)
-            return
-        total = count = len(entries)
-        if total == 1 and fresh is None:
+        if len(entries) == 1 and fresh is None:
+            data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
             rights = entries[0].ancillary
         else:
             fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
-            count, rights = len(fds), unix.rights(fds)
-        data = encode_grant(seq, total, count, session.since)
+            data = encode_grant(seq, len(entries), len(fds), session.since)
+            rights = unix.rights(fds)
         try:
-            connection.sock.sendmsg((data,), rights, unix.SEND_NOW)
+            connection.sock.sendmsg((data,), rights, SEND_NOW)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.end(connection)
         except OSError as error:
@@ -441,15 +377,20 @@ class Server:
         self.lender.take_back(connection.session, self.now)
         self.reply(connection, encode_error(seq, error))
 
-    def _send_unsent(self, connection: Connection, event: int) -> None:
+    def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:
+        connection.state, connection.unsent = UNREAD, unsent
+        self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
+
+    def _send_unsent(self, connection: Connection, events: int) -> None:
         """The client has read a message, or is gone; then what it sent before is received."""
         unsent = connection.unsent
         assert unsent is not None
-        if not event & GONE and not unix.all_read(connection.number):
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        if not events & GONE and queued[0] >= LEAST_QUEUED:
             return
-        self._epoll.modify(connection.number, READABLE)
+        self.rewatch(connection.number, READABLE, self._serve, connection)
         connection.state = READY
-        if event & GONE:
+        if events & GONE:
             self._drop_unsent(connection)
             return
         connection.unsent = None

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fdbroker.errors import ProtocolError
 from fdbroker.ipc import forks, owned, unix
 from fdbroker.ipc.holding import Holding
-from fdbroker.ipc.limits import descriptors_in_use as descriptors_in_use
-from fdbroker.ipc.limits import too_many_files as too_many_files
+from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import BORROW, HEAD, MORE, RETURN, check_reply, encode_grant, template
 from fdbroker.ipc.wire import Wire
 

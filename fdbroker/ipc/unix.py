@@ -19,7 +19,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from fcntl import ioctl
 
 from fdbroker.errors import NoBroker, NotPermitted
 from fdbroker.ipc.address import check_path
@@ -28,10 +27,11 @@ from fdbroker.ipc.messages import DESCRIPTORS
 
 ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
 CREDENTIALS_BYTES = socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
-SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ: bytes sent that the peer has not read
+# ``ioctl(number, SIOCOUTQ, QUEUED)``, and queued[0] are the bytes sent that the peer has not read
+SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ; unix(7)
 # less than any unread message counts (its sk_buff alone is larger).  Not 0: the kernel wakes us
 # when it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
-LEAST_UNREAD = 256
+LEAST_QUEUED = 256
 SO_PASSRIGHTS = 83  # asm-generic/socket.h
 # plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
 RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
@@ -42,8 +42,8 @@ LOST = int(socket.MSG_CTRUNC)
 INT = struct.Struct("i")
 SOL_SOCKET, SCM_RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 
-_unread = bytearray(INT.size)
-_unread_bytes = memoryview(_unread).cast("i")
+QUEUED = bytearray(INT.size)  # for the one thread that asks: to be given one takes twice as long
+queued = memoryview(QUEUED).cast("i")
 
 Buffers = tuple[tuple[bytearray]]  # recvmsg_into's first argument, ready for `map`
 Ancillary = tuple[tuple[int, int, bytes]]
@@ -154,15 +154,6 @@ def send_with(sock: socket.socket, data: bytes, ancillary: Ancillary, flags: int
     more descriptor in flight for this uid; nothing was sent.
     """
     sock.sendmsg((data,), ancillary, flags)
-
-
-def all_read(number: int) -> bool:
-    """Whether the peer of socket `number` has taken all that was sent to it (SIOCOUTQ, unix(7)).
-
-    For one thread: the answer is put where the last one was, which takes half the time.
-    """
-    ioctl(number, SIOCOUTQ, _unread)
-    return _unread_bytes[0] < LEAST_UNREAD
 
 
 def shut_down(sock: socket.socket) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import BrokerClosing, ProtocolError
 from fdbroker.ipc.jobs import Put
+from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
@@ -33,7 +34,6 @@ from fdbroker.ipc.messages import (
     LoanRow,
     encode,
 )
-from fdbroker.ipc.session import too_many_files
 from fdbroker.lender.names import check_name
 from fdbroker.lender.parts import CLOSING, IDLE, LENT, WAITING
 
@@ -71,7 +71,7 @@ def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
     """Grant it now, or let the session wait for its turn."""
     if server.lender.borrow(at.session, seq, wish, server.now):
-        server.hand_over(at, seq, 0)
+        server.hand_over(at, seq)
     return None
 
 

@@ -26,7 +26,7 @@ from fdbroker.errors import (
     RetireTimeout,
     WouldDeadlock,
 )
-from fdbroker.lender.ledger import STATE_BITS, Ledger, Slots
+from fdbroker.lender.ledger import ASKED, COMMIT, DEADLINE, SINCE, STATE_BITS, Ledger, Slots
 from fdbroker.lender.parts import (
     FOREVER,
     IDLE,
@@ -87,7 +87,7 @@ class Books:
 
     def _commit(self, session: Session, state: int) -> None:
         session.state = state
-        self.ledger.commits[session.slot] = session.seq << STATE_BITS | state
+        session.record[COMMIT] = session.seq << STATE_BITS | state
 
     def _ask(self, session: Session, seq: int, now: int, timeout: int | None) -> None:
         """Note since when, by which request and until when the session waits."""
@@ -95,6 +95,7 @@ class Books:
         if timeout is not None:
             session.deadline = now + timeout
             self.note_deadline(session)
+        session.record[ASKED], session.record[DEADLINE] = now, session.deadline
 
     def note_deadline(self, session: Session) -> None:
         heap = self.deadlines
@@ -179,7 +180,7 @@ class Books:
         for session in ready:
             self._step_out(session)
             session.since = now
-            self.ledger.write_since(session.slot, now)
+            session.record[SINCE] = now
             self._commit(session, LENT)
             self.hold(session)
             self.decisions.append((session, session.borrow_seq, None))

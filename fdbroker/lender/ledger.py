@@ -34,13 +34,10 @@ MAGIC = 0x31_72_65_67_64_65_6C_66  # "fledger1", the layout below; another layou
 HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
 NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
 
-LOAN = struct.Struct("=QQIIIHH")  # of a session's record, after the commit word and the id
-WAIT = struct.Struct("=QQQ")  # after that, and after this the purpose
+# the words of a session's record; what follows CELL is only meant while it waits
+COMMIT, ID, BORROW_SEQ, SINCE, WHAT, CELL, ARRIVAL, ASKED, DEADLINE, PURPOSE = range(10)
 PURPOSE_BYTES = 128
-SESSION_WORDS = 2 + (LOAN.size + WAIT.size + PURPOSE_BYTES) // 8
-LOAN_AT, WAIT_AT = 16, 16 + LOAN.size  # where they begin, in bytes
-PURPOSE_AT = WAIT_AT + WAIT.size
-SINCE_WORD = 3
+SESSION_WORDS = PURPOSE + PURPOSE_BYTES // 8
 
 ENTRY = struct.Struct("=QQQIBBH256s")  # after the commit word
 ENTRY_WORDS = 1 + ENTRY.size // 8
@@ -55,15 +52,19 @@ class SessionRecord(NamedTuple):
 
     borrow_seq: int
     since: int
-    entry: int
-    cell: int
+    entry: int  # this and the next two are in one word, see `shape`
     members: int
     flags: int
-    purpose_size: int
-    arrival: int  # it and what follows is only meant while the session waits
+    cell: int  # of the second member
+    arrival: int  # this and the next two mean something while the session waits
     asked: int
     deadline: int
     purpose: bytes
+
+
+def shape(members: int, flags: int, purpose_size: int) -> int:
+    """What is the same in all loans that are alike, ready for the word that names the entry."""
+    return purpose_size << 56 | flags << 48 | members << 32
 
 
 class EntryRecord(NamedTuple):
@@ -93,7 +94,6 @@ class Ledger:
         "_sessions_at",
         "buffer",
         "cells",
-        "commits",
         "entries",
         "sessions",
         "words",
@@ -125,10 +125,6 @@ class Ledger:
         if len(self.buffer) < self.size(self.sessions, self.entries, self.cells):
             raise ValueError("the buffer is only the beginning of a ledger")
         self._sessions_at = HEADER_WORDS
-        end = HEADER_WORDS + self.sessions * SESSION_WORDS
-        self.commits = self.words[HEADER_WORDS:end:SESSION_WORDS]
-        """The commit word of each session, by slot: ``seq << STATE_BITS | state``.  To write it
-        makes the record true; everything rests on that."""
         self._entries_at = self._sessions_at + self.sessions * SESSION_WORDS
         self._cells_at = self._entries_at + self.entries * ENTRY_WORDS
 
@@ -145,53 +141,40 @@ class Ledger:
 
     # --- sessions ---
 
-    def write_session_id(self, slot: int, id: int) -> None:
-        """Write the id of a new session, into a free slot."""
-        self.words[self._sessions_at + slot * SESSION_WORDS + 1] = id
+    def record(self, slot: int) -> memoryview:
+        """The words of a session's record, to be written one by one, COMMIT last."""
+        at = self._sessions_at + slot * SESSION_WORDS
+        return self.words[at : at + SESSION_WORDS]
 
-    def write_loan(
-        self,
-        slot: int,
-        seq: int,
-        since: int,
-        entry: int,
-        cell: int,
-        members: int,
-        flags: int,
-        purpose: bytes,
-    ) -> None:
-        """Write what a session has, or waits for; it means nothing until the commit."""
-        at = (self._sessions_at + slot * SESSION_WORDS) * 8
-        LOAN.pack_into(
-            self.buffer, at + LOAN_AT, seq, since, entry, cell, members, flags, len(purpose)
-        )
-        if purpose:
-            at += PURPOSE_AT
-            self.buffer[at : at + len(purpose)] = purpose
-
-    def write_wait(self, slot: int, arrival: int, asked: int, deadline: int) -> None:
-        """Write since when and until when a session waits, likewise."""
-        at = (self._sessions_at + slot * SESSION_WORDS) * 8
-        WAIT.pack_into(self.buffer, at + WAIT_AT, arrival, asked, deadline)
-
-    def write_since(self, slot: int, since: int) -> None:
-        """Write the time of a grant, meaningless as long as the session waits."""
-        self.words[self._sessions_at + slot * SESSION_WORDS + SINCE_WORD] = since
+    def write_purpose(self, slot: int, purpose: bytes) -> None:
+        """Write what a loan is for; it means nothing until the commit."""
+        at = (self._sessions_at + slot * SESSION_WORDS + PURPOSE) * 8
+        self.buffer[at : at + len(purpose)] = purpose
 
     def read_session(self, slot: int) -> tuple[int, int, int, SessionRecord]:
         """(seq, state, id, fields) of a session's record."""
-        at = self._sessions_at + slot * SESSION_WORDS
-        commit, id = self.words[at : at + 2]
-        loan = LOAN.unpack_from(self.buffer, at * 8 + LOAN_AT)
-        wait = WAIT.unpack_from(self.buffer, at * 8 + WAIT_AT)
-        start = at * 8 + PURPOSE_AT
-        purpose = bytes(self.buffer[start : start + min(loan[-1], PURPOSE_BYTES)])
-        record = SessionRecord._make((*loan, *wait, purpose))
-        return commit >> STATE_BITS, commit & STATE_MASK, id, record
+        record = self.record(slot)
+        commit, what = record[COMMIT], record[WHAT]
+        size = min(what >> 56, PURPOSE_BYTES)
+        at = (self._sessions_at + slot * SESSION_WORDS + PURPOSE) * 8
+        fields = SessionRecord(
+            record[BORROW_SEQ],
+            record[SINCE],
+            entry=what & NONE,
+            members=what >> 32 & 0xFFFF,
+            flags=what >> 48 & 0xFF,
+            cell=record[CELL],
+            arrival=record[ARRIVAL],
+            asked=record[ASKED],
+            deadline=record[DEADLINE],
+            purpose=bytes(self.buffer[at : at + size]),
+        )
+        return commit >> STATE_BITS, commit & STATE_MASK, record[ID], fields
 
     def session_states(self) -> list[int]:
         """The state of every session slot, free ones included."""
-        return [word & STATE_MASK for word in self.commits]
+        words = self.words[self._sessions_at : self._entries_at : SESSION_WORDS]
+        return [word & STATE_MASK for word in words]
 
     # --- entries ---
 

@@ -22,11 +22,17 @@ from fdbroker.errors import (
 )
 from fdbroker.lender.books import Books
 from fdbroker.lender.ledger import (
+    ARRIVAL,
+    BORROW_SEQ,
+    CELL,
+    COMMIT,
+    ID,
     NEXT_ARRIVAL,
     NEXT_GENERATION,
     NEXT_SESSION,
-    NONE,
+    SINCE,
     STATE_BITS,
+    WHAT,
     EntryRecord,
 )
 from fdbroker.lender.names import check_name
@@ -57,8 +63,9 @@ class Lender(Books):
 
     def open(self, peer: Peer) -> Session:
         """A new session; `BrokerFull` if there is no room for one."""
-        session = Session(self._session_slots.take(), self.ledger.count(NEXT_SESSION), peer)
-        self.ledger.write_session_id(session.slot, session.id)
+        slot = self._session_slots.take()
+        session = Session(slot, self.ledger.count(NEXT_SESSION), peer, self.ledger.record(slot))
+        session.record[ID] = session.id
         self._commit(session, IDLE)
         self.sessions[session.slot] = session
         return session
@@ -81,7 +88,7 @@ class Lender(Books):
 
     def forget(self, session: Session) -> None:
         """Free the slot of a cleared session."""
-        self.ledger.commits[session.slot] = FREE
+        session.record[COMMIT] = FREE
         del self.sessions[session.slot]
         session.state = FREE
         self._session_slots.give(session.slot)
@@ -96,38 +103,52 @@ class Lender(Books):
         """
         if session.state != IDLE:
             raise self._out_of_turn(session, "a session carries one loan, or one wait")
-        exclusive, entries, granted = wish.exclusive, [], True
+        names, exclusive, entries = self.names, wish.exclusive, []
         for name in wish.names:
-            entry = self.names.get(name) or self.find(name)  # type: ignore[arg-type]
+            entry = names.get(name) or self.find(name)  # type: ignore[arg-type]
+            if entry.held_exclusively or entry.turns:
+                return self._stand_in_line(session, seq, wish, now)
+            if exclusive and (entry.holders or entry.line):
+                return self._stand_in_line(session, seq, wish, now)
             entries.append(entry)
-            if entry.turns or (
-                (entry.holders or entry.line) if exclusive else entry.held_exclusively
-            ):
-                granted = False
-        if not granted:
-            self._refuse_wait(session, wish, entries, now)
-        count, first, slot = len(entries), NONE, session.slot
-        if count > 1:
-            session.cells = self._cells.take_many(count - 1)
-            first = session.cells[0]
-            self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
+        if wish.has_more:
+            self._note_more(session, wish, entries)
+        slot, record = session.slot, session.record
+        record[BORROW_SEQ] = session.borrow_seq = session.seq = seq
+        record[SINCE] = session.since = now
+        record[WHAT] = wish.shape | entries[0].slot
+        session.wish, session.entries, session.state = wish, entries, LENT
+        record[COMMIT] = seq << STATE_BITS | LENT
+        for entry in entries:
+            entry.fd.incref()
+            entry.holders[slot] = session
+            entry.held_exclusively = exclusive
+        return True
+
+    def _stand_in_line(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
+        """It cannot be granted at once."""
+        entries = [self.find(name) for name in wish.names]
+        self._refuse_wait(session, wish, entries, now)
+        if wish.has_more:
+            self._note_more(session, wish, entries)
+        record = session.record
+        record[BORROW_SEQ] = session.borrow_seq = session.seq = seq
+        record[WHAT] = wish.shape | entries[0].slot
+        record[ARRIVAL] = session.arrival = self.ledger.count(NEXT_ARRIVAL)
         session.wish, session.entries = wish, entries
-        session.seq = session.borrow_seq = seq
-        session.since = now  # it is written at the grant anew
-        self.ledger.write_loan(
-            slot, seq, now, entries[0].slot, first, count, wish.flags, wish.purpose_bytes
-        )
-        if granted:
-            session.state = LENT
-            self.ledger.commits[slot] = seq << STATE_BITS | LENT
-            self.hold(session)
-            return True
-        session.arrival = self.ledger.count(NEXT_ARRIVAL)
         self._ask(session, seq, now, wish.timeout)
-        self.ledger.write_wait(slot, session.arrival, now, session.deadline)
         self._commit(session, WAITING)
         self.stand_in_line(session)
         return False
+
+    def _note_more(self, session: Session, wish: Wish, entries: list[Entry]) -> None:
+        """Write what most loans have not; `BrokerFull`, and nothing was noted."""
+        if len(entries) > 1:
+            session.cells = self._cells.take_many(len(entries) - 1)
+            self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
+            session.record[CELL] = session.cells[0]
+        if wish.purpose_bytes:
+            self.ledger.write_purpose(session.slot, wish.purpose_bytes)
 
     def give_back(self, session: Session, seq: int, now: int) -> None:
         """A RETURN, or whatever else ends a loan.  `ProtocolError` if there is none."""
@@ -135,7 +156,7 @@ class Lender(Books):
         if session.state != LENT or wish is None:
             raise self._out_of_turn(session, "a return without a loan")
         session.seq, session.state, session.wish, session.entries = seq, IDLE, None, ()
-        self.ledger.commits[slot] = seq << STATE_BITS | IDLE
+        session.record[COMMIT] = seq << STATE_BITS | IDLE
         others_concerned = False
         for entry in entries:
             entry.fd.decref()
@@ -255,9 +276,8 @@ class Lender(Books):
         if pid and any(holder.peer.pid == pid for holder in entry.holders.values()):
             raise WouldDeadlock(entry.name, pid)
         session.seq = seq
+        session.record[BORROW_SEQ], session.record[WHAT] = seq, entry.slot
         self._ask(session, seq, now, timeout)
-        self.ledger.write_loan(session.slot, seq, 0, entry.slot, NONE, 0, 0, b"")
-        self.ledger.write_wait(session.slot, 0, now, session.deadline)
         self._commit(session, CLOSING)
         self.watch(session, entry)
         self.start_retiring(entry, now)

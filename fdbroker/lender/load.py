@@ -95,7 +95,7 @@ def _entry(ledger: Ledger, slot: int, fd: FD) -> Entry:
 
 def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -> Session:
     seq, state, id, record = ledger.read_session(slot)
-    session = Session(slot, id, peer)
+    session = Session(slot, id, peer, ledger.record(slot))
     session.seq, session.state = seq, state
     if state in (WAITING, CLOSING):
         session.asked, session.asked_seq = record.asked, record.borrow_seq

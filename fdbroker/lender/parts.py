@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdbroker.lender.ledger import shape
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -95,7 +97,16 @@ class Wish:
     `purpose` has at most 128 bytes.
     """
 
-    __slots__ = ("exclusive", "flags", "names", "purpose", "purpose_bytes", "readonly", "timeout")
+    __slots__ = (
+        "exclusive",
+        "has_more",
+        "names",
+        "purpose",
+        "purpose_bytes",
+        "readonly",
+        "shape",
+        "timeout",
+    )
 
     def __init__(
         self,
@@ -111,7 +122,9 @@ class Wish:
         self.timeout = timeout
         self.purpose = purpose
         self.purpose_bytes = purpose.encode()  # as in the ledger, and so are ...
-        self.flags = EXCLUSIVE * exclusive | READONLY * readonly
+        self.has_more = len(names) > 1 or purpose != ""  # to be written than one entry
+        flags = EXCLUSIVE * exclusive | READONLY * readonly
+        self.shape = shape(len(names), flags, len(self.purpose_bytes))
 
 
 class Session:
@@ -131,6 +144,7 @@ class Session:
         "made",
         "owned",
         "peer",
+        "record",
         "seq",
         "since",
         "slot",
@@ -138,10 +152,11 @@ class Session:
         "wish",
     )
 
-    def __init__(self, slot: int, id: int, peer: Peer) -> None:
+    def __init__(self, slot: int, id: int, peer: Peer, record: memoryview) -> None:
         self.slot = slot
         self.id = id
         self.peer = peer
+        self.record = record  # its words in the ledger
         self.seq = 0  # of the last message that was acted upon
         self.state = IDLE
         self.wish: Wish | None = None  # while WAITING or LENT; then, too:

@@ -89,7 +89,8 @@ def test_each_descriptor_is_closed_once_in_a_long_storm(own_broker, tmp_path):
 def closed_once(broker: fdbroker.Broker, tmp_path: Path, kills: int, seed: int) -> None:
     with Trace(broker.pid, tmp_path / "trace") as trace:
         report = storm_over(broker, kills, seed)
-        wait_until(lambda: broker.stats()["sessions"] == 1, 5.0)
+        ours = 2  # one that puts, one that lends
+        wait_until(lambda: broker.stats()["sessions"] <= ours, 5.0)
         wait_until(lambda: broker.stats()["jobs"] == 0, 5.0)
     print(f"the broker was given {trace.received} descriptors and closed {trace.closed} of them")
     assert trace.faults == []

@@ -34,6 +34,7 @@ from support import (
     can_refuse_descriptors,
     hold,
     let_go,
+    stopped,
     wait_until,
 )
 
@@ -41,6 +42,7 @@ import fdbroker
 from fdbroker.errors import by_code
 
 PROTOCOL_ERROR, VERSION_MISMATCH, UNKNOWN_ENTRY, BAD_NAME, TIMEOUT = 60, 61, 21, 20, 25
+ENTRY_RETIRED = 27
 
 
 @pytest.fixture
@@ -164,6 +166,28 @@ def test_cancel_without_a_wait_changes_nothing(broker: fdbroker.Broker, raw: Raw
     raw.send(RETURN, 4)
     assert raw.is_silent(broker)
     assert loans(broker) == 0
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_cancel_undoes_the_put_before_it(broker: fdbroker.Broker, raw: Raw, answered: bool) -> None:
+    """Before it is answered, while a worker looks at the descriptor, and after."""
+    reader, writer = os.pipe()
+    with stopped(broker.pid):
+        raw.send(PUT, 1, "undone", 0, fds=[writer])
+        if not answered:
+            raw.send(CANCEL, 2)
+    os.close(writer)
+    answer, _ = raw.receive()
+    assert answer is not None
+    assert answer[1] == 1
+    assert answer[0] in ((0,) if answered else (ENTRY_RETIRED, 0))  # the worker may be faster
+    if answered:
+        raw.send(CANCEL, 2)
+    assert os.read(reader, 1) == b""  # an end-of-file: nobody has it open
+    os.close(reader)
+    assert [entry.name for entry in broker.entries()] == ["data"]
+    os.close(raw.borrow(3, "data"))
+    raw.send(RETURN, 4)
 
 
 def test_cancel_ends_a_wait(broker: fdbroker.Broker, raw: Raw, peer: Peer) -> None:

@@ -86,7 +86,9 @@ class CutLedger(Ledger):
     def __init__(self, buffer, *room: int) -> None:
         super().__init__(buffer, *room)
         self.copies: list[bytes] = []
-        self.commits = CutCommits(self)
+
+    def record(self, slot: int):
+        return CutRecord(self, super().record(slot))
 
     def copy(self) -> None:
         self.copies.append(bytes(self.buffer))
@@ -127,17 +129,17 @@ for _name in dir(Ledger):
         setattr(CutLedger, _name, _cut(_name, not _name.startswith("write_")))
 
 
-class CutCommits:
-    """The commit words of a `CutLedger`'s sessions: each write is one instant."""
+class CutRecord:
+    """A session's record in a `CutLedger`: each word is written in one instant."""
 
-    def __init__(self, ledger: CutLedger) -> None:
-        self._ledger, self._words = ledger, ledger.commits
+    def __init__(self, ledger: CutLedger, record: memoryview) -> None:
+        self._ledger, self._record = ledger, record
 
-    def __iter__(self):
-        return iter(self._words)
+    def __getitem__(self, word: int) -> int:
+        return self._record[word]
 
-    def __setitem__(self, slot: int, word: int) -> None:
-        self._words[slot] = word
+    def __setitem__(self, word: int, value: int) -> None:
+        self._record[word] = value
         self._ledger.copy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import struct
@@ -18,6 +19,7 @@ from fdbroker.lender.ledger import (
     Ledger,
     SessionRecord,
     Slots,
+    shape,
 )
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.parts import IDLE, LENT, Peer, Wish
@@ -132,8 +134,8 @@ def test_the_layout_is_what_the_magic_number_stands_for():
     seen = words(rig.ledger.buffer)
     assert seen[:8] == [MAGIC, 2, 2, 2, 2, 3, 1, 0]  # next: session 2, generation 3, arrival 1
     assert seen[8:12] == [2 << 8 | LENT, 1, 2, 7]  # commit, id, seq, since
-    fields = struct.unpack("=IIIHH", bytes(rig.ledger.buffer[12 * 8 : 14 * 8]))
-    assert fields == (1, 0, 2, 3, 1)  # entry, cell, members, flags, size of the purpose
+    fields = struct.unpack("=IHBBQ", bytes(rig.ledger.buffer[12 * 8 : 14 * 8]))
+    assert fields == (1, 2, 3, 1, 0)  # entry, members, flags, size of the purpose, cell
     assert bytes(rig.ledger.buffer[17 * 8 : 17 * 8 + 2]) == b"x\0"
     web = 8 + 2 * 25
     assert seen[web : web + 4] == [1 << 8 | 1, client.id, 1, 1000 * 10**9]
@@ -176,11 +178,11 @@ def test_a_shorter_purpose_does_not_show_the_end_of_a_longer_one(rig: Rig):
 
 def test_records_come_back_as_they_were_written():
     ledger = Ledger(buffer_for((2, 2, 8)), 2, 2, 8)
-    record = SessionRecord(1, 2, 3, 4, 5, 6, 4, 7, 8, 9, b"why?")
-    ledger.write_session_id(1, 12)
-    ledger.write_loan(1, *record[:6], b"why?")
-    ledger.write_wait(1, *record[7:10])
-    ledger.commits[1] = 2**53 << 8 | LENT
+    record = SessionRecord(1, 2, 3, 4, 5, 6, 7, 8, 9, b"why?")
+    words = 2**53 << 8 | LENT, 12, 1, 2, shape(4, 5, 4) | 3, 6, 7, 8, 9
+    for word, value in enumerate(words):
+        ledger.record(1)[word] = value
+    ledger.write_purpose(1, b"why?")
     assert ledger.read_session(1) == (2**53, LENT, 12, record)
     assert ledger.session_states() == [0, LENT]
     ledger.write_cells([5, 2, 7], [1, 0, 1])
@@ -282,6 +284,7 @@ def test_a_ledger_of_100_000_entries_stays_sparse():
             lender, descriptors = use_a_little(buffer)
             descriptors.abandon(lender)
             del lender
+            gc.collect()  # loans and entries know each other, and a session knows its record
             assert os.fstat(memfd).st_blocks * 512 <= 5 * mmap.PAGESIZE
     finally:
         os.close(memfd)

@@ -12,7 +12,7 @@ from fdbroker.errors import (
     UnknownTicket,
     WouldDeadlock,
 )
-from fdbroker.lender.ledger import Ledger
+from fdbroker.lender.ledger import COMMIT, Ledger
 from fdbroker.lender.parts import IDLE
 
 from .kit import SECOND, Rig
@@ -324,7 +324,7 @@ def test_an_ephemeral_entry_is_its_makers_after_a_load(rig: Rig):
 def test_an_ephemeral_entry_without_its_session_retires_at_the_load(rig: Rig):
     (maker,) = rig.clients(1)
     rig.put("mine", by=maker, ephemeral=True)
-    rig.ledger.commits[maker.slot] = 0  # as if it had been forgotten without a clear
+    rig.ledger.record(maker.slot)[COMMIT] = 0  # as if it had been forgotten without a clear
     loaded = rig.reload()
     assert loaded.names == {}
     assert [entry.name for entry in loaded.closings] == ["mine"]

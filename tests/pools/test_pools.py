@@ -175,7 +175,7 @@ def test_a_loan_that_is_out_while_the_pool_forks(
                 assert len(broker.loans()) == 1
                 loan.close()
                 if exclusive:
-                    assert broker.loans() == []
+                    support.wait_until(lambda: broker.loans() == [])
                 else:
                     assert len(broker.loans()) == 1
         finally:

@@ -1,0 +1,110 @@
+"""The loop: one thread, one epoll, and a table of what to do when a descriptor is readable.
+
+It knows the time, and when to end: a drain has begun, and nothing is on loan or being closed, or
+its deadline has come.  What an event decided for others is worked off before the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from time import CLOCK_BOOTTIME, clock_gettime_ns
+from typing import TYPE_CHECKING, Any
+
+from fdbroker.ipc.workers import Workers
+
+if TYPE_CHECKING:
+    from fdbroker.lender import Lender
+
+READABLE = int(select.EPOLLIN)
+EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
+SECOND = 1_000_000_000
+
+Action = Callable[[Any, int], None]  # what it is about, the events of epoll
+
+log = logging.getLogger("fdbroker")
+
+
+class Loop(ABC):
+    """Acts on events until drained.  `now` is when those at hand were taken, as in the ledger."""
+
+    def __init__(self, lender: Lender) -> None:
+        self.lender = lender
+        self.workers = Workers()
+        self.now = clock_gettime_ns(CLOCK_BOOTTIME)
+        self.draining = False
+        self._deadline: int | None = None  # of the drain
+        self._watched: dict[int, tuple[Action, Any]] = {}
+        self._epoll = select.epoll()
+
+    def watch(self, number: int, action: Action, about: Any = None) -> None:
+        """Call ``action(about, events)`` whenever `number`, the caller's, is readable."""
+        self._watched[number] = action, about
+        self._epoll.register(number, READABLE)
+
+    def unwatch(self, number: int) -> None:
+        """The opposite."""
+        if self._watched.pop(number, None) is not None:
+            self._epoll.unregister(number)
+
+    def rewatch(self, number: int, events: int, action: Action, about: Any) -> None:
+        """Wait for other events of `number`, and call another action."""
+        self._watched[number] = action, about
+        self._epoll.modify(number, events)
+
+    def run(self) -> None:
+        """Serve until drained."""
+        lender, watched, poll = self.lender, self._watched, self._epoll.poll
+        while not self.draining or not self._finished():
+            patience = self._patience() if lender.deadlines or self.draining else None
+            happened = poll(patience, EVENTS)
+            self.now = clock_gettime_ns(CLOCK_BOOTTIME)
+            for number, events in happened:
+                found = watched.get(number)
+                if found is None:  # it ended with an event before this one
+                    continue
+                action, about = found
+                try:
+                    action(about, events)
+                except Exception:  # a mistake of ours must not end every loan of everybody
+                    log.exception("event=error number=%d", number)
+                if lender.decisions or lender.closings:
+                    self.settle()
+            if lender.deadlines:
+                lender.expire(self.now)
+                self.settle()
+
+    def drain(self, seconds: float | None) -> None:
+        """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
+        or after that many seconds.  None: however long it takes.  The earliest deadline holds."""
+        if seconds is not None:
+            deadline = self.now + int(seconds * SECOND)
+            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        if self.draining:
+            return
+        self.draining = True
+        log.info("event=drain loans=%d entries=%d", self.lender.loans, len(self.lender.entries))
+        for entry in [*self.lender.names.values(), *self.lender.tickets.values()]:
+            self.lender.start_retiring(entry, self.now)
+        self.settle()
+
+    def _finished(self) -> bool:
+        """Whether a drain is over."""
+        done = not self.lender.entries and not self.workers.pending
+        return done or (self._deadline is not None and self.now >= self._deadline)
+
+    def _patience(self) -> float | None:
+        """Seconds until the loop has something to do by itself."""
+        deadline = self._deadline
+        if self.lender.deadlines:
+            first = self.lender.next_deadline()
+            deadline = first if deadline is None else min(deadline, first or deadline)
+        if deadline is None:
+            return None
+        return max(0.0, (deadline - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Tell others what was decided for them, and have closed what is to be closed."""

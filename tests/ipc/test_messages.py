@@ -1,0 +1,109 @@
+"""Requests that were seen before: no decoding, the same answer, and no way around the checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgpack
+import pytest
+
+from fdbroker.errors import ProtocolError
+from fdbroker.ipc.messages import (
+    BORROW,
+    GRANT,
+    HEAD,
+    KNOWN,
+    KNOWN_BYTES,
+    KNOWN_REQUESTS,
+    LOANS,
+    RETURN,
+    decode_request,
+    encode_grant,
+    template,
+)
+from fdbroker.lender import Wish
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    KNOWN.clear()
+    yield
+    KNOWN.clear()
+
+
+def request(seq: int, verb: int, *fields: object) -> bytes:
+    head, tail = template(verb, *fields)
+    return HEAD.pack(head, seq) + tail
+
+
+@pytest.mark.parametrize("seq", [0, 1, 127, 128, 2**16, 2**32, 2**53 - 1])
+def test_a_template_makes_a_plain_msgpack_array(seq: int) -> None:
+    assert msgpack.unpackb(request(seq, LOANS, "web", 7, 0)) == [LOANS, seq, "web", 7, 0]
+    assert msgpack.unpackb(request(seq, RETURN)) == [RETURN, seq]
+
+
+def test_a_grant_is_a_plain_msgpack_array() -> None:
+    data = encode_grant(2**40, 300, 253, 2**60)
+    assert len(data) == GRANT.size
+    assert msgpack.unpackb(data) == [0, 2**40, 300, 253, 2**60]
+
+
+def test_what_was_seen_before_is_decoded_once() -> None:
+    verb, seq, wish = decode_request(request(5, BORROW, "web", 1, 2.5, "why"))
+    assert (verb, seq) == (BORROW, 5)
+    assert isinstance(wish, Wish)
+    assert (wish.names, wish.exclusive, wish.timeout) == (("web",), True, 2_500_000_000)
+    ((key, known),) = KNOWN.items()
+    again = request(2**40, BORROW, "web", 1, 2.5, "why")
+    assert again[:3] + again[HEAD.size :] == key
+    assert known == (BORROW, wish)
+
+
+def test_other_encodings_of_the_same_request_are_welcome() -> None:
+    for seq in (5, 200, 70_000, 2**40):
+        packed = msgpack.packb([BORROW, seq, "web", 0, None, ""])
+        verb, found, wish = decode_request(packed)
+        assert (verb, found, wish.names) == (BORROW, seq, ("web",))
+    for key, (verb, wish) in KNOWN.items():  # only what has the seq in nine bytes
+        rebuilt = key[:3] + (77).to_bytes(8, "big") + key[3:]
+        assert msgpack.unpackb(rebuilt) == [verb, 77, *wish.names, 0, None, ""]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: bytes([data[0] - 1]) + data[1:],
+        lambda data: bytes([data[0] + 1]) + data[1:],
+        lambda data: data[:1] + bytes([RETURN]) + data[2:],
+        lambda data: data[:2] + b"\xd3" + b"\xff" * 8 + data[11:],  # int 64: minus one
+        lambda data: data[:3] + b"\xff" * 8 + data[11:],
+        lambda data: data[:2] + b"\xcb" + data[3:],  # a float
+    ],
+)
+def test_what_only_looks_like_a_known_request_is_checked(change) -> None:
+    good = request(5, BORROW, "web", 0, None, "")
+    decode_request(good)
+    with pytest.raises(ProtocolError):
+        decode_request(change(good))
+    assert len(KNOWN) == 1
+
+
+def test_what_is_known_is_bounded() -> None:
+    for number in range(3 * KNOWN_REQUESTS):
+        decode_request(request(1, BORROW, f"name-{number}", 0, None, ""))
+        assert len(KNOWN) <= KNOWN_REQUESTS
+    KNOWN.clear()
+    decode_request(request(1, BORROW, ["n" * 250] * 10, 0, None, ""))
+    assert not KNOWN
+    decode_request(request(1, BORROW, "n" * 250, 0, None, "p" * 128))
+    assert all(len(key) <= KNOWN_BYTES for key in KNOWN)
+    assert KNOWN
+
+
+def test_nothing_wrong_becomes_known() -> None:
+    for fields in (("web", 4, None, ""), ("web", 0, -1, ""), ("w" * 256, 0, None, ""), ("web", 0)):
+        with pytest.raises(ProtocolError):
+            decode_request(request(1, BORROW, *fields))
+    assert not KNOWN
