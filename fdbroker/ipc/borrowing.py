@@ -18,7 +18,7 @@ from fdbroker.ipc import messages
 from fdbroker.ipc.forks import catch_up, later, other_threads
 from fdbroker.ipc.loan import Loan
 from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY
-from fdbroker.ipc.owned import ONE_MESSAGE
+from fdbroker.ipc.owned import Arguments, message_with
 from fdbroker.ipc.session import NOBODY
 from fdbroker.ipc.unix import SEND
 from fdbroker.ipc.wire import StaleSession
@@ -33,11 +33,11 @@ pack_head, pack_start = HEAD.pack, GRANT_START.pack
 
 
 # A borrow that was checked and encoded, all that is the same when it is asked for again: head and
-# tail of the message; how a grant in one message goes on after its seq; what unpacks the
-# descriptors of that message (struct.error if they are not as many as promised); the names;
+# tail of the message; how a grant in one message goes on after its seq; how to receive that, and
+# what unpacks its descriptors (struct.error if they are not as many as promised); the names;
 # exclusive; timeout.  A plain tuple, since to unpack a NamedTuple takes five times as long.
 Unpack = Callable[[bytes], tuple[int, ...]]
-Borrow = tuple[bytes, bytes, bytes, Unpack, tuple[str, ...], bool, float | None]
+Borrow = tuple[bytes, bytes, bytes, Arguments, Unpack, tuple[str, ...], bool, float | None]
 Key = tuple[str | bytes | tuple[str, ...], bool, str | None, float | None, str]
 _known: dict[Key, Borrow] = {}
 known = _known.get
@@ -63,7 +63,8 @@ def prepare(key: Key) -> Borrow:
     total = len(names)
     totals = messages.counts(total, total)
     unpack = struct.Struct(f"{total}i").unpack
-    request = head, tail, totals, unpack, names, bool(exclusive), timeout
+    receiving = message_with(min(total, messages.DESCRIPTORS))
+    request = head, tail, totals, receiving, unpack, names, bool(exclusive), timeout
     if len(_known) >= KNOWN_BORROWS:
         _known.clear()
     _known[key] = request
@@ -72,7 +73,7 @@ def prepare(key: Key) -> Borrow:
 
 def borrow(pool: Pool, request: Borrow) -> Loan:
     """Ask for it with a session of the pool; the loan holds the session then."""
-    head, tail, totals, unpack, names, exclusive, timeout = request
+    head, tail, totals, receiving, unpack, names, exclusive, timeout = request
     if later:  # what an interrupted finalizer left
         catch_up()
     while True:
@@ -86,7 +87,7 @@ def borrow(pool: Pool, request: Borrow) -> Loan:
             send(pack_head(head, seq) + tail, SEND)
             received = session.owned
             if timeout is None and not other_threads():
-                received.extend(starmap(session.recvmsg, ONE_MESSAGE))
+                received.extend(starmap(session.recvmsg, receiving))
             else:
                 session.wait(seq, timeout)
             reply, ancillary, _, _ = received[0]

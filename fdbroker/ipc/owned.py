@@ -11,6 +11,7 @@ thread can come between the taking of a right and the close, and to close again 
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -23,10 +24,16 @@ Message = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as recvmsg ret
 Owned = list[Any]  # of Message, or Iterator[int] in its place
 
 # the arguments of recvmsg, ready for `starmap`
+Arguments = tuple[tuple[int, int, int]]
 ONE_MESSAGE = ((REPLY_BYTES, ANCILLARY_BYTES, RECEIVE),)
 ONE_MESSAGE_NOW = ((REPLY_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
 ONE_PAGE = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE),)
 ONE_PAGE_NOW = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
+
+
+def message_with(descriptors: int) -> Arguments:
+    """The same for a message that brings so many descriptors: more are lost on the way."""
+    return ((REPLY_BYTES, socket.CMSG_SPACE(descriptors * INT.size), RECEIVE),)
 
 
 def look_at_last(owned: Owned) -> tuple[bytes, tuple[int, ...], bool]:

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-HOLDERS_NAMED = 16  # how many holders a BorrowTimeout names at most
+HOLDERS_NAMED = 8  # by a BorrowTimeout at most, which must fit a reply (REPLY_BYTES)
+REASON_CHARS = 100  # of a CloseFailed, likewise
 SECOND = 1_000_000_000
 
 

@@ -20,7 +20,7 @@ from fdbroker.errors import (
     UnknownTicket,
     WouldDeadlock,
 )
-from fdbroker.lender.books import Books
+from fdbroker.lender.books import REASON_CHARS, Books
 from fdbroker.lender.ledger import (
     ARRIVAL,
     BORROW_SEQ,
@@ -286,7 +286,7 @@ class Lender(Books):
         """The closer reports the final close: tell who waits for it, free the slot."""
         for session in list(entry.watchers.values()):
             self._leave_watch(session)
-            failure = CloseFailed(entry.name, str(error)) if error is not None else None
+            failure = CloseFailed(entry.name, str(error)[:REASON_CHARS]) if error else None
             self.decisions.append((session, session.asked_seq, failure))
         self.ledger.commit_entry(entry.slot, 0, FREE)
         entry.state = FREE

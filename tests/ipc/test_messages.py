@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 
-from fdbroker.errors import ProtocolError
+from fdbroker import descriptors
+from fdbroker.errors import (
+    BorrowTimeout,
+    CloseFailed,
+    ProtocolError,
+    RetireTimeout,
+    StolenFDError,
+    UnknownEntry,
+    UnsupportedKind,
+)
 from fdbroker.ipc.messages import (
     BORROW,
     GRANT,
@@ -16,12 +25,17 @@ from fdbroker.ipc.messages import (
     KNOWN_BYTES,
     KNOWN_REQUESTS,
     LOANS,
+    NAME_BYTES,
+    REPLY_BYTES,
     RETURN,
     decode_request,
+    encode,
+    encode_error,
     encode_grant,
     template,
 )
 from fdbroker.lender import Wish
+from fdbroker.lender.books import HOLDERS_NAMED, REASON_CHARS
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +121,20 @@ def test_nothing_wrong_becomes_known() -> None:
         with pytest.raises(ProtocolError):
             decode_request(request(1, BORROW, *fields))
     assert not KNOWN
+
+
+def test_every_answer_fits_what_a_client_receives() -> None:
+    """The longest there are: a name, the holders, a reason.  (Pages are received as pages.)"""
+    name, seq = "n" * NAME_BYTES, 2**53 - 1
+    holders = [(2**22, 2**32 - 1, 1e9, True)] * HOLDERS_NAMED
+    reasons = [*descriptors.REFUSED.values(), str(StolenFDError(2**20))]
+    for error in (
+        BorrowTimeout(name, 1e9, holders),
+        CloseFailed(name, "r" * REASON_CHARS),
+        RetireTimeout(name, 1e9, 2**20),
+        UnknownEntry(name),
+        *(UnsupportedKind("connected unix socket", reason) for reason in reasons),
+    ):
+        assert len(encode_error(seq, error)) <= REPLY_BYTES
+    pairs = [(f"{number:12}", 2**40) for number in range(12)]
+    assert len(encode([0, seq, pairs])) <= REPLY_BYTES
