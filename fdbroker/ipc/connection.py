@@ -51,6 +51,7 @@ class Connection:
         "number",
         "peer",
         "receive",
+        "repeated",
         "session",
         "sock",
         "state",
@@ -66,6 +67,7 @@ class Connection:
         self.inbox: Inbox | None = None  # the descriptors of the request at hand
         self.job: Request | None = None  # while WORKING, or ENDED meanwhile
         self.unsent: Unsent | None = None  # while UNREAD
+        self.repeated = False  # whether it ever asked for a grant again that it may have had
         self.receive: Callable[[], bytes] = self._receive_with_descriptors
         if unix.refuse_descriptors(sock):
             # nothing but bytes can come, and to receive no more than these takes half the time

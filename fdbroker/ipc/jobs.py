@@ -236,6 +236,6 @@ class Reopen(Request):
 
     def answer(self, server: Server) -> None:
         if self.error is not None:
-            server.take_back(self.connection, self.seq, self.error)
+            server.take_back(self.connection, self.seq, self.offset, self.error)
         elif self.connection.state != ENDED:
             server.hand_over(self.connection, self.seq, self.offset, self.give_away())

@@ -36,13 +36,14 @@ class Loop(ABC):
         self.now = clock_gettime_ns(CLOCK_BOOTTIME)
         self.draining = False
         self._deadline: int | None = None  # of the drain
+        self.alarm = 0  # when `ring` is to be called; 0: never
         self._watched: dict[int, tuple[Action, Any]] = {}
         self._epoll = select.epoll()
 
     def watch(self, number: int, action: Action, about: Any = None) -> None:
         """Call ``action(about, events)`` whenever `number`, the caller's, is readable."""
-        self._watched[number] = action, about
         self._epoll.register(number, READABLE)
+        self._watched[number] = action, about
 
     def unwatch(self, number: int) -> None:
         """The opposite."""
@@ -58,7 +59,8 @@ class Loop(ABC):
         """Serve until drained."""
         lender, watched, poll = self.lender, self._watched, self._epoll.poll
         while not self.draining or not self._finished():
-            patience = self._patience() if lender.deadlines or self.draining else None
+            waits = lender.deadlines or self.draining or self.alarm
+            patience = self._patience() if waits else None
             happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
             for number, events in happened:
@@ -75,6 +77,9 @@ class Loop(ABC):
             if lender.deadlines:
                 lender.expire(self.now)
                 self.settle()
+            if self.alarm and self.now >= self.alarm:
+                self.alarm = 0
+                self.ring()
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
@@ -97,13 +102,15 @@ class Loop(ABC):
 
     def _patience(self) -> float | None:
         """Seconds until the loop has something to do by itself."""
-        deadline = self._deadline
-        if self.lender.deadlines:
-            first = self.lender.next_deadline()
-            deadline = first if deadline is None else min(deadline, first or deadline)
-        if deadline is None:
+        times = [self._deadline, self.alarm or None, self.lender.next_deadline()]
+        first = min((time for time in times if time is not None), default=None)
+        if first is None:
             return None
-        return max(0.0, (deadline - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
+        return max(0.0, (first - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
+
+    @abstractmethod
+    def ring(self) -> None:
+        """The alarm has come."""
 
     @abstractmethod
     def settle(self) -> None:

@@ -35,6 +35,7 @@ REPLY_BYTES = 479  # of every reply that is not a page: with a bytes object's he
 # allocation of Python's, which is cheap to cut to the size of what came
 DESCRIPTORS = 253  # SCM_MAX_FD of the kernel (include/net/scm.h)
 NAME_BYTES = 255  # as a file's name (NAME_MAX)
+NAMED = (str, bytes)  # by what an entry is asked for: a name, a ticket
 NAMES = 4096  # of one borrow_all
 TICKET_BYTES = 16
 PURPOSE_BYTES = 128
@@ -263,7 +264,8 @@ def _check(code: int, fields: list[Any]) -> Any:
 
 def _check_names(names: list[Any]) -> None:
     for name in names:
-        if type(name) not in (str, bytes) or len(name) > NAME_BYTES:
+        size = len(name.encode() if type(name) is str else name) if type(name) in NAMED else -1
+        if not 0 <= size <= NAME_BYTES:
             raise ProtocolError("client", "one of the names is none")
 
 

@@ -12,7 +12,6 @@ never polls a descriptor that it lends.  A fault of a client ends that client's 
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import select
@@ -75,6 +74,7 @@ if TYPE_CHECKING:
     from fdbroker.lender import Lender
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
+PAUSE = 1_000_000_000  # nanoseconds until a listener that could not accept is tried again
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 
 log = logging.getLogger("fdbroker")
@@ -141,23 +141,27 @@ class Server(Loop):
         try:
             sock = self.listener.accept()
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise
-            # the connection stays queued, and a level-triggered epoll would spin on it
-            log.warning("event=accept-paused error=%r", error.strerror)
+            # EMFILE, ENFILE, ENOBUFS, ENOMEM: the connection stays queued, and a level-triggered
+            # epoll would spin on it
+            if self._accepting:
+                log.warning("event=accept-paused error=%r", error.strerror)
             self._accepting = False
             self.unwatch(self.listener.sock.fileno())
+            self.alarm = self.now + PAUSE  # the shortage may be somebody else's, and end unseen
             return
+        self._accepting = True
         if sock is not None:
             connection = Connection(sock, Peer(*unix.credentials(sock)))
+            self.watch(connection.number, self._serve, connection)  # may fail: max_user_watches
             self._connections[connection.number] = connection
-            self.watch(connection.number, self._serve, connection)
 
     def resume_accepting(self) -> None:
-        """A descriptor has become free."""
-        if not self._accepting:
-            self._accepting = True
-            self.watch(self.listener.sock.fileno(), self._accept)
+        """A descriptor has become free, or the pause is over."""
+        number = self.listener.sock.fileno()
+        if not self._accepting and number not in self._watched:
+            self.watch(number, self._accept)
+
+    ring = resume_accepting
 
     def _serve(self, connection: Connection, events: int) -> None:
         """A session can be received from: take one message and act upon it.
@@ -244,6 +248,7 @@ class Server(Loop):
             and session.state == LENT
             and seq == session.seq == session.borrow_seq
         ):
+            connection.repeated = True
             self.hand_over(connection, seq)
 
     def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
@@ -368,13 +373,20 @@ class Server(Loop):
             self.end(connection)
         except OSError as error:
             log.warning('event=not-sent %s reason="%s"', connection, error.strerror)
-            self.take_back(connection, seq, TooManyInFlight())
+            self.take_back(connection, seq, offset, TooManyInFlight())
         if fresh:
             self.workers.submit(Discard(fresh))
 
-    def take_back(self, connection: Connection, seq: int, error: FDBrokerError) -> None:
-        """The loan ends here, since its descriptors cannot be sent; the client is told why."""
-        self.lender.take_back(connection.session, self.now)
+    def take_back(
+        self, connection: Connection, seq: int, offset: int, error: FDBrokerError
+    ) -> None:
+        """The descriptors from `offset` on cannot be sent; the client is told why.
+
+        If it has none of the loan yet, that ends here.  Else only the client knows when it has
+        closed them, and returns the loan.
+        """
+        if offset == 0 and not connection.repeated:
+            self.lender.take_back(connection.session, self.now)
         self.reply(connection, encode_error(seq, error))
 
     def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:

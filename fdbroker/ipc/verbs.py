@@ -19,6 +19,7 @@ from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
     ENTRIES,
+    EPHEMERAL,
     HELLO,
     LOANS,
     MORE,
@@ -110,8 +111,8 @@ def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
         raise BrokerClosing()
     if not flags & NAMELESS:
         check_name(name)
-    elif name:
-        raise ProtocolError("client", "a nameless entry has no name")
+    elif name or not flags & EPHEMERAL:
+        raise ProtocolError("client", "a nameless entry has no name, and ends with its maker")
     server.lender.check_free(name, bool(flags & REPLACE))
     (sysfd,) = at.inbox.give_away()
     server.start_job(at, Put(at, seq, name, flags, sysfd))

@@ -131,9 +131,10 @@ class Books:
         self._serve_lines(wish, entries, now)
 
     def _serve_lines(self, wish: Wish, entries: Sequence[Entry], now: int) -> None:
-        for entry in entries:
+        refused: set[int] = set()
+        for entry in dict.fromkeys(entries):
             if entry.line and (wish.exclusive or entry.turns):
-                self.serve_line(entry, now)
+                self.serve_line(entry, now, refused)
 
     def stand_in_line(self, session: Session) -> None:
         """The session waits for all entries of its wish."""
@@ -162,8 +163,12 @@ class Books:
         session.wish, session.entries, session.cells = None, (), ()
         self._serve_lines(wish, entries, now)
 
-    def serve_line(self, entry: Entry, now: int) -> None:
-        """Grant what can be granted in the line of `entry`, in order of arrival."""
+    def serve_line(self, entry: Entry, now: int, refused: set[int]) -> None:
+        """Grant what can be granted in the line of `entry`, in order of arrival.
+
+        `refused` are the slots of those who were found to have to wait on, in the same event.  No
+        grant changes that, so they are not asked again: a session can wait for thousands.
+        """
         if entry.state != LIVE or entry.held_exclusively:
             return
         ready: list[Session] = []
@@ -171,10 +176,10 @@ class Books:
         for session in entry.line.values():
             assert session.wish is not None
             if session.wish.exclusive:
-                if not ready and not passed_over and self._grantable(session):
+                if not ready and not passed_over and self._grantable(session, refused):
                     ready.append(session)
                 break
-            if self._grantable(session):
+            if self._grantable(session, refused):
                 ready.append(session)
             else:
                 passed_over = True
@@ -186,15 +191,20 @@ class Books:
             self.hold(session)
             self.decisions.append((session, session.borrow_seq, None))
 
-    def _grantable(self, session: Session) -> bool:
+    def _grantable(self, session: Session, refused: set[int]) -> bool:
         wish, arrival = session.wish, session.arrival
         assert wish is not None
-        return not any(
-            entry.state != LIVE
-            or self._is_held(entry, wish)
-            or self._is_behind(entry, wish, arrival)
-            for entry in session.entries
-        )
+        if session.slot in refused:
+            return False
+        for entry in dict.fromkeys(session.entries):
+            if (
+                entry.state != LIVE
+                or self._is_held(entry, wish)
+                or self._is_behind(entry, wish, arrival)
+            ):
+                refused.add(session.slot)
+                return False
+        return True
 
     @staticmethod
     def _is_held(entry: Entry, wish: Wish) -> bool:

@@ -78,8 +78,9 @@ def load(
         lender.stand_in_line(session)
     for entry in retiring.values():
         lender.start_retiring(entry, now)
+    refused: set[int] = set()
     for entry in entries.values():
-        lender.serve_line(entry, now)
+        lender.serve_line(entry, now, refused)
     return lender
 
 

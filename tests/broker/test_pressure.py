@@ -213,3 +213,17 @@ def test_a_borrower_at_its_own_limit_is_told_so_and_nothing_stays_on_loan(broker
             wait_until(lambda: broker.stats()["loans"] == 0)
         borrower.do("os.close(full.pop()); os.close(full.pop())")
         borrower.do("client.borrow('null').close()")
+
+
+def test_a_shortage_that_ends_unseen_is_seen():
+    """ENFILE is of the whole system, and a limit can be raised: nothing tells the broker."""
+    with fdbroker.Broker() as broker:
+        broker.stats()
+        soft, hard = resource.prlimit(broker.pid, resource.RLIMIT_NOFILE)
+        lowest_free = min(set(range(soft)) - set(open_files(broker.pid)))
+        resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (lowest_free, hard))
+        with contextlib.closing(unix.connect(broker.address)) as sock:
+            sock.send(encode([HELLO, 0, VERSION]))
+            assert not is_answered(sock, 0.3)
+            resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            assert is_answered(sock, 3 * SOON)

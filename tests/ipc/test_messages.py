@@ -117,7 +117,13 @@ def test_what_is_known_is_bounded() -> None:
 
 
 def test_nothing_wrong_becomes_known() -> None:
-    for fields in (("web", 4, None, ""), ("web", 0, -1, ""), ("w" * 256, 0, None, ""), ("web", 0)):
+    for fields in (
+        ("web", 4, None, ""),
+        ("web", 0, -1, ""),
+        ("w" * 256, 0, None, ""),
+        ("web", 0),
+        ("ü" * 128, 0, None, ""),
+    ):
         with pytest.raises(ProtocolError):
             decode_request(request(1, BORROW, *fields))
     assert not KNOWN

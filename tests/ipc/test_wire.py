@@ -42,7 +42,7 @@ import fdbroker
 from fdbroker.errors import by_code
 
 PROTOCOL_ERROR, VERSION_MISMATCH, UNKNOWN_ENTRY, BAD_NAME, TIMEOUT = 60, 61, 21, 20, 25
-ENTRY_RETIRED = 27
+UNSUPPORTED_KIND, ENTRY_RETIRED = 24, 27
 
 
 @pytest.fixture
@@ -296,6 +296,40 @@ def test_a_put_brings_one_descriptor(broker: fdbroker.Broker, raw: Raw) -> None:
             assert os.read(reader, 1) == b""
         os.close(reader)
     assert [entry.name for entry in broker.entries()] == ["data"]
+
+
+def test_a_nameless_entry_ends_with_its_maker(broker: fdbroker.Broker, raw: Raw) -> None:
+    """Its ticket is only in the reply: who else could retire it?"""
+    reader, writer = os.pipe()
+    with Raw(broker.address) as other:
+        other.send(PUT, 1, "", 4, fds=[writer])
+        os.close(writer)
+        other.is_refused(PROTOCOL_ERROR)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+    assert broker.stats()["entries"] == 1
+
+
+def test_a_loan_stands_when_a_later_part_of_it_fails(broker: fdbroker.Broker, raw: Raw) -> None:
+    """Its borrower has the earlier parts: only it knows when they are closed."""
+    reader, writer = os.pipe()
+    broker.put("pipe", reader)
+    os.close(reader)
+    raw.send(BORROW, 1, ["data"] * 253 + ["pipe"], 3, None, "")  # exclusive, read-only
+    answer, fds = raw.receive()
+    assert answer is not None
+    assert (answer[:2], len(fds)) == ([0, 1], 253)
+    raw.send(MORE, 2, 253)
+    answer, _ = raw.receive()
+    assert answer is not None
+    assert answer[:2] == [UNSUPPORTED_KIND, 2]
+    with pytest.raises(fdbroker.errors.WouldDeadlock):  # this process has it, says the broker
+        broker.borrow("data")
+    for number in fds:
+        os.close(number)
+    raw.send(RETURN, 3)
+    wait_until(lambda: loans(broker) == 0)
+    os.close(writer)
 
 
 def test_who_puts_and_goes_leaves_nothing(broker: fdbroker.Broker, raw: Raw) -> None:

@@ -14,6 +14,7 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 from fdbroker.lender.books import HOLDERS_NAMED
+from fdbroker.lender.lender import Lender
 from fdbroker.lender.parts import IDLE, LENT, WAITING
 
 from .kit import SECOND, Rig
@@ -342,6 +343,38 @@ def test_waits_that_are_over_do_not_pile_up(lot: Rig):
         lot.cancel(waiting)
         lot.lender.decisions.clear()
     assert len(lot.lender.deadlines) < 10
+
+
+class CountingLender(Lender):
+    """Counts how often it asks whether a wish can be granted."""
+
+    asked = 0
+
+    def _grantable(self, session, refused):
+        self.asked += session.slot not in refused
+        return super()._grantable(session, refused)
+
+
+def test_a_return_asks_each_who_waits_once():
+    """However many entries it was of, and they wait for: else one return could take seconds."""
+    rig = Rig((16, 41, 1024))
+    rig.lender.__class__ = CountingLender
+    names = [f"n{number}" for number in range(40)]
+    for name in (*names, "b"):
+        rig.put(name)
+    holder, other, *waiting = rig.clients(10)
+    rig.borrow(holder, *names, exclusive=True)
+    rig.borrow(other, "b", exclusive=True)
+    for client in waiting:
+        assert not rig.borrow(client, *names, "b")
+    rig.lender.asked = 0
+    rig.give_back(holder)
+    assert not rig.decided()
+    assert rig.lender.asked == len(waiting)
+    rig.give_back(other)
+    assert rig.granted() == waiting
+    rig.check()
+    rig.descriptors.abandon(rig.lender)
 
 
 # --- giving up and giving back
