@@ -17,7 +17,7 @@ import mmap
 import os
 import socket
 from time import CLOCK_BOOTTIME, clock_gettime, time
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
 from fdbroker.ipc import owned, wrappers
@@ -163,10 +163,13 @@ class Loan:
             session = self._held()
             if len(session.fds) > 1:
                 raise TypeError("a loan of several cannot be detached: borrow them one by one")
+            try:
+                del self._session
+            except AttributeError:  # another thread has just closed it
+                raise ClosedLoanError(self.entry) from None
             session.kept = True
             until_exit.append(session)
             owned.give_away(session.owned)
-            del self._session
             return session.fds[0]
 
     def pass_fds(self) -> tuple[int, ...]:
@@ -220,6 +223,9 @@ class Loan:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a loan cannot be copied or pickled: share() what is to be borrowed there")
 
     def __repr__(self) -> str:
         names = ", ".join(name or "shared" for name in self._names)

@@ -31,6 +31,15 @@ ONE_PAGE = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE),)
 ONE_PAGE_NOW = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
 
 
+class Numbers(list[Any]):
+    """An `Owned` that closes what is left in it when it goes, whatever became of its session."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        close(self)
+
+
 def message_with(descriptors: int) -> Arguments:
     """The same for a message that brings so many descriptors: more are lost on the way."""
     return ((REPLY_BYTES, socket.CMSG_SPACE(descriptors * INT.size), RECEIVE),)

@@ -31,8 +31,8 @@ class Putter(Wire):
         """Have the broker keep a dup of `fd`: generation and ticket."""
         seq, owned_before = self.seq, self.owns
         sent: list[int] = []
-        message = (self.next(template(PUT, name, flags)),)
         try:
+            message = (self.next(template(PUT, name, flags)),)
             self.owns = owned_before or flags & EPHEMERAL != 0
             # in one call into C: whoever interrupts finds it sent and noted, or not sent
             sent.extend(map(self.sock.sendmsg, (message,), (unix.rights((fd,)),), (unix.SEND,)))

@@ -47,7 +47,7 @@ class Wire:
         self.split = False  # another process has a copy: no more messages
         self.forked = False  # it stayed with the parent
         self.address = address
-        self.owned: owned.Owned = []
+        self.owned: owned.Owned = owned.Numbers()
         self.seq = -1
         self._poll: select.poll | None = None
         with forks.gate():  # a child that is forked from here on knows of it

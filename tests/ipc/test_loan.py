@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import gc
 import mmap
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -419,3 +421,13 @@ def test_a_timeout_that_is_none_is_refused_here(broker, tmp_path):
             broker.retire("timeout", wait=True, timeout=timeout)
     broker.borrow("timeout", timeout=float("inf")).close()
     broker.retire("timeout", wait=True, timeout=1e300)
+
+
+def test_a_loan_cannot_be_copied(broker: fdbroker.Broker, data_file: IO[bytes]) -> None:
+    """Two would own one descriptor."""
+    broker.put("data", data_file)
+    with broker.borrow("data") as loan:
+        for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                way(loan)
+        os.fstat(loan.fileno())
