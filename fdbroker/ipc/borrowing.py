@@ -84,7 +84,10 @@ def borrow(pool: Pool, request: Borrow) -> Loan:
         try:
             session.seq = seq = session.seq + 1
             send = session.send  # called as an attribute, a slot takes twice as long
-            send(pack_head(head, seq) + tail, SEND)
+            try:
+                send(pack_head(head, seq) + tail, SEND)
+            except ConnectionResetError:  # it died with something unread: this was not sent
+                raise BrokenPipeError from None
             received = session.owned
             if timeout is None and not other_threads():
                 received.extend(starmap(session.recvmsg, receiving))

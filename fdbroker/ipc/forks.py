@@ -11,7 +11,7 @@ session.  So, when `os.fork` is called (os.register_at_fork):
 
 In a process with several threads another thread may be just between the kernel's installing a
 descriptor and its owner's noting it, or between the noting of a close and the close.  Those
-moments are passed under the `gate`, for which the fork waits.  Finalizers must not wait for a
+moments are passed under the `GATE`, for which the fork waits.  Finalizers must not wait for a
 lock; what they cannot do at once they leave in `later`, and whoever leaves the gate does it.
 """
 
@@ -21,12 +21,11 @@ import os
 import threading
 from _thread import _count as other_threads  # threading.active_count() takes a lock, and long
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["catch_up", "gate", "in_finalizer", "later", "other_threads", "sessions"]
+__all__ = ["GATE", "catch_up", "catching_up", "in_finalizer", "later", "other_threads", "sessions"]
 
 
 class Forked(Protocol):
@@ -39,7 +38,7 @@ class Forked(Protocol):
         """Close what stays with the parent."""
 
 
-_LOCK = threading.RLock()  # reentrant: a signal handler may fork, a finalizer may close
+GATE = threading.RLock()  # reentrant: a signal handler may fork, a finalizer may close
 sessions: WeakSet[Forked] = WeakSet()  # all of this process
 
 
@@ -60,32 +59,38 @@ class _Left(tuple[Callable[[], None]]):
 later: deque[_Left] = deque()
 
 
-@contextmanager
-def gate() -> Iterator[None]:
-    """``with gate():`` no fork happens meanwhile; nothing in it may wait.
+class _CatchingUp:
+    """``with catching_up, GATE:`` no fork happens meanwhile; nothing in it may wait.
 
-    A generator that holds the lock is let go of by whatever interrupts its entering or leaving,
-    and so cannot be left without the lock's release and the catching up.
+    The lock is its own context manager, in C: no interrupt comes between its being taken or given
+    back and the noting of that, and no traceback of one keeps it.  What finalizers left is done
+    when it is free again.
     """
-    try:
-        with _LOCK:
-            yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         if later:
             catch_up()
+
+
+catching_up = _CatchingUp()
 
 
 def catch_up() -> None:
     """Do what finalizers left.  An exception of it is none of the caller's."""
     while later:
-        for acquired in map(_LOCK.acquire, (False,)):  # no interrupt can come before the `try`
+        for acquired in map(GATE.acquire, (False,)):  # no interrupt can come before the `try`
             if not acquired:
                 return  # whoever has it will do it
             try:
                 while later:
                     later.popleft()
             finally:
-                _LOCK.release()
+                GATE.release()
 
 
 def in_finalizer(action: Callable[[], None]) -> None:
@@ -128,9 +133,9 @@ def _close_in_child() -> None:
 # any is closed, a mark being what keeps two processes off one session; and either is done twice:
 # what an interrupt cuts short the first time, the second time finishes.
 os.register_at_fork(
-    before=_LOCK.acquire, after_in_parent=_mark_in_parent, after_in_child=_mark_in_child
+    before=GATE.acquire, after_in_parent=_mark_in_parent, after_in_child=_mark_in_child
 )
 os.register_at_fork(after_in_parent=_mark_in_parent, after_in_child=_mark_in_child)
 os.register_at_fork(after_in_child=_close_in_child)
 os.register_at_fork(after_in_child=_close_in_child)
-os.register_at_fork(after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+os.register_at_fork(after_in_parent=GATE.release, after_in_child=GATE.release)

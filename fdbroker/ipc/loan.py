@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
 from fdbroker.ipc import owned, wrappers
-from fdbroker.ipc.forks import gate, in_finalizer, other_threads
+from fdbroker.ipc.forks import GATE, catching_up, in_finalizer, other_threads
 from fdbroker.ipc.holding import Holding, Lifeline
 from fdbroker.ipc.messages import HEAD, decode_reply
 from fdbroker.ipc.session import RETURN_HEAD
@@ -110,7 +110,7 @@ class Loan:
 
         Its `settimeout` makes the *description* non-blocking, for the broker and all borrowers.
         """
-        with gate():
+        with catching_up, GATE:
             holding = self._holding()
             sock = wrappers.socket_of(self.fileno(name))
             holding.add_wrapper(sock)
@@ -124,7 +124,7 @@ class Loan:
         ``"w"`` does not truncate, and every mode goes on at the offset that all borrowers share.
         """
         called = name or self.entry or "shared"
-        with gate():
+        with catching_up, GATE:
             holding = self._holding()
             file = wrappers.file_of(self.fileno(name), called, mode, buffering, **text)
             holding.add_wrapper(file)
@@ -143,23 +143,23 @@ class Loan:
         `access` is mmap.ACCESS_READ or ACCESS_WRITE, by default what the descriptor allows.  The
         loan ends when it is closed *and* the last mapping is, or was garbage-collected.
         """
-        with gate():
-            holding = self._holding()
+        with catching_up, GATE:
+            session, holding = self._held(), self._holding()
             fd = self.fileno(name)
             if access is None:
                 writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
                 access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             mapping = _Mapping(fd, length, access=access, offset=offset)
             if holding.lifeline is None:
-                holding.lifeline = Lifeline(self._session)
-            mapping.of = self._session, holding.lifeline
+                holding.lifeline = Lifeline(session)
+            mapping.of = session, holding.lifeline
             holding.add_mapping(mapping)
         return mapping
 
     def detach(self) -> int:
         """The number, which is the caller's from now on; the loan stays out until this process
         ends, since nobody can know when the number is closed.  TypeError for a loan of several."""
-        with gate():
+        with catching_up, GATE:
             session = self._held()
             if len(session.fds) > 1:
                 raise TypeError("a loan of several cannot be detached: borrow them one by one")
@@ -168,7 +168,7 @@ class Loan:
             except AttributeError:  # another thread has just closed it
                 raise ClosedLoanError(self.entry) from None
             session.kept = True
-            until_exit.append(session)
+            until_exit.add(session)
             owned.give_away(session.owned)
             return session.fds[0]
 
@@ -177,7 +177,7 @@ class Loan:
 
         The loan then lasts until this process has closed it and the child has ended.
         """
-        with gate():
+        with catching_up, GATE:
             session = self._held()
             session.split = True
             return (*session.fds, session.sock.fileno())
@@ -240,7 +240,7 @@ class _Mapping(mmap.mmap):
 
     def close(self) -> None:
         """Unmap; BufferError while an array or a memoryview still looks at it."""
-        with gate():  # a mapping has a descriptor of its own, which ends here
+        with catching_up, GATE:  # a mapping has a descriptor of its own, which ends here
             super().close()
             self.of = None
 

@@ -67,9 +67,7 @@ class Pool:
         """Take it back, unless its last put went wrong: then it only goes on living."""
         if putter.over:
             return
-        if putter.spoilt:
-            until_exit.append(putter)
-        else:
+        if not putter.spoilt:
             self.putters.append(putter)
             if self.closed:
                 self.close()
@@ -84,18 +82,18 @@ class Pool:
         with suppress(IndexError):
             while True:
                 putter = self.putters.pop()
-                if putter.owns:
-                    until_exit.append(putter)
-                else:
+                if not putter.owns:
                     putter.end()
 
 
 def cut_off(address: str) -> None:
     """End what this process has of the broker at `address`, which itself ends now and would wait
     for it.  Loans that are open keep their descriptors."""
-    for wire in [wire for wire in until_exit if wire.address == address]:
-        until_exit.remove(wire)
+    for wire in [wire for wire in list(until_exit) if wire.address == address]:
+        until_exit.discard(wire)
         wire.end()
-    for session in list(forks.sessions):
+    with forks.catching_up, forks.GATE:  # no other thread makes one meanwhile
+        sessions = list(forks.sessions)
+    for session in sessions:
         if isinstance(session, Session) and session.address == address:
             session.cut_off()

@@ -8,7 +8,6 @@ come on it: it lives on for the sake of its entries, and the next put takes anot
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from fdbroker.ipc import owned, unix
@@ -34,6 +33,8 @@ class Putter(Wire):
         try:
             message = (self.next(template(PUT, name, flags)),)
             self.owns = owned_before or flags & EPHEMERAL != 0
+            if self.owns:
+                until_exit.add(self)  # whatever becomes of its client
             # in one call into C: whoever interrupts finds it sent and noted, or not sent
             sent.extend(map(self.sock.sendmsg, (message,), (unix.rights((fd,)),), (unix.SEND,)))
             code, reply, _, _ = self.reply(self.seq)
@@ -41,23 +42,24 @@ class Putter(Wire):
             if not code:
                 check_reply(PUT, code, reply)
         except BaseException as error:
+            if not sent and isinstance(error, ConnectionResetError):
+                error = BrokenPipeError()  # it died with something unread
             broken = self.is_stale(error) or isinstance(error, ConnectionResetError)
             if not sent and not broken:
                 self.seq, self.owns = seq, owned_before
+                if not owned_before:
+                    until_exit.discard(self)
             elif owned_before and not broken:
                 self.spoilt = True
                 if not flags & REPLACE:  # that cannot be undone, the old entry has retired
                     self.cancel()
             else:
+                until_exit.discard(self)
                 self.give_up_after(error)
             raise
         if code:
             self.owns = owned_before
+            if not owned_before:
+                until_exit.discard(self)
             check_reply(PUT, code, reply)
         return reply
-
-    def __del__(self) -> None:
-        if getattr(self, "owns", False) and not self.over and not sys.is_finalizing():
-            until_exit.append(self)  # an interrupt lost it on its way back to the pool
-        else:
-            super().__del__()

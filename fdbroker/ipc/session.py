@@ -99,19 +99,19 @@ class Session(Wire):
         try:
             if holding is not None:
                 error = holding.flush()
-            with forks.gate():
+            with forks.catching_up, forks.GATE:
                 if holding is not None:
                     failure = holding.close_wrappers(self.fds)
                     error = error or failure
                 owned.close(self.owned)
-            if holding is None or holding.lifeline is None:
-                self.let_go()
-            else:
-                holding.returning = True
-                holding.lifeline = None
         except BaseException:
-            self.end()
+            self._end_dropped()
             raise
+        if holding is None or holding.lifeline is None:
+            self.let_go()  # from here on it may be another thread's
+        else:
+            holding.returning = True
+            holding.lifeline = None
         if error is not None:
             raise error
 
@@ -133,7 +133,7 @@ class Session(Wire):
     def cut_off(self) -> None:
         """If it carries a loan, that is returned now, but keeps its descriptors until it is closed.
         What a forked child has of it goes on."""
-        with forks.gate():
+        with forks.catching_up, forks.GATE:
             if self.thread or self.holding is not None:
                 if not self.split:
                     unix.shut_down(self.sock)
@@ -165,7 +165,8 @@ class Session(Wire):
     def _end_dropped(self) -> None:
         try:
             if self.holding is not None:
-                self.holding.close_wrappers(self.fds)
+                with forks.catching_up, forks.GATE:
+                    self.holding.close_wrappers(self.fds)
         finally:
             self.end()
 

@@ -24,7 +24,7 @@ BACKSTOP_SECONDS = 10**6  # a longer timeout is only the broker's (poll(2) takes
 HELLO_TRIES = 10  # an end before the answer to hello: the broker is being replaced, connect again
 CANCEL_HEAD, _ = template(CANCEL)
 
-until_exit: list[Wire] = []  # putters that own entries, sessions of detached descriptors
+until_exit: set[Wire] = set()  # putters that own entries, sessions of detached descriptors
 
 
 class StaleSession(BrokerGone):
@@ -50,7 +50,7 @@ class Wire:
         self.owned: owned.Owned = owned.Numbers()
         self.seq = -1
         self._poll: select.poll | None = None
-        with forks.gate():  # a child that is forked from here on knows of it
+        with forks.catching_up, forks.GATE:  # a child that is forked from here on knows of it
             self.sock = unix.client_socket()
             self.over = False
             forks.sessions.add(self)
@@ -89,7 +89,10 @@ class Wire:
         """
         begun = len(self.owned)
         try:
-            self.send(self.next(template(verb, *fields)), unix.SEND)
+            try:
+                self.send(self.next(template(verb, *fields)), unix.SEND)
+            except ConnectionResetError:  # it died with something unread: this was not sent
+                raise BrokenPipeError from None
             code, reply, _, _ = self.reply(self.seq, timeout, pages=pages)
             owned.close(self.owned, begun)  # nothing was promised
             check_reply(verb, code, reply)
@@ -184,7 +187,7 @@ class Wire:
             None if deadline is None else max(0.0, deadline - monotonic()) * 1000
         ):
             try:
-                with forks.gate():
+                with forks.catching_up, forks.GATE:
                     self.owned.extend(starmap(self.recvmsg, arguments))
                 return True
             except BlockingIOError:
@@ -195,7 +198,7 @@ class Wire:
 
     def end(self) -> None:
         """Close everything; the broker sees the end of the session once no copy is left."""
-        with forks.gate():
+        with forks.catching_up, forks.GATE:
             owned.close(self.owned)
             if self.split:
                 self.sock.close()

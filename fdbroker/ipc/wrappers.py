@@ -62,12 +62,16 @@ def flush(wrappers: Iterable[Wrapper]) -> OSError | None:
 
 
 def close(wrappers: Iterable[Wrapper], lent: Sequence[int]) -> OSError | None:
-    """Close them, which were made of the descriptors `lent`; the first error."""
+    """Close them, which were made of the descriptors `lent`; the first error.
+
+    Without waiting: of a file object only the raw layer, since its buffer may be locked by a
+    thread that reads, or by one that this process was forked without.  So `flush` comes first.
+    """
     error = None
     for wrapper in wrappers:
         try:
             if not isinstance(wrapper, socket):
-                wrapper.close()
+                _raw(wrapper).close()
                 continue
             if _is_strange(wrapper.fileno(), lent):
                 wrapper.detach()
@@ -93,7 +97,16 @@ def drop_in_child(files: Iterable[Wrapper]) -> None:
             finally:
                 os.close(null)
         with contextlib.suppress(OSError, ValueError):
-            file.close()
+            _raw(file).close()
+
+
+def _raw(file: Wrapper) -> Wrapper:
+    """The layer of a file object that has the descriptor; ValueError if its user took it apart."""
+    buffered = getattr(file, "buffer", file)
+    if buffered is None:
+        raise ValueError("its buffer was detached")
+    raw: Wrapper = getattr(buffered, "raw", buffered)
+    return raw
 
 
 def _is_strange(number: int, lent: Sequence[int]) -> bool:

@@ -238,3 +238,27 @@ def test_the_second_part_of_many_is_refused(address: str) -> None:
             client.borrow_all(["a", "b"])
         assert os.read(reader, 1) == b""
     os.close(reader)
+
+
+def test_a_session_that_died_with_a_return_unread_is_replaced(
+    address: str, data_file: IO[bytes]
+) -> None:
+    """The kernel says ECONNRESET then, and not EPIPE; the request was not sent in either case."""
+
+    def lend_and_go(session: Raw) -> None:
+        greet(session)
+        seq = expect(session, BORROW)
+        session.send(0, seq, 1, 1, 5, fds=[data_file.fileno()])
+        select.select([session.sock], [], [])  # the RETURN is there, and stays unread
+
+    def lend(session: Raw) -> None:
+        greet(session)
+        seq = expect(session, BORROW)
+        session.send(0, seq, 1, 1, 5, fds=[data_file.fileno()])
+        expect(session, RETURN)
+
+    with fake_broker(address, lend_and_go, lend), fdbroker.Client(address) as client:
+        client.borrow("data").close()
+        (idle,) = client._pool.idle
+        select.select([idle.sock], [], [])  # its end
+        client.borrow("data").close()

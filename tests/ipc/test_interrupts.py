@@ -66,9 +66,9 @@ def is_free() -> bool:
     got: list[bool] = []
 
     def try_it() -> None:
-        got.append(forks._LOCK.acquire(timeout=5))
+        got.append(forks.GATE.acquire(timeout=5))
         if got[0]:
-            forks._LOCK.release()
+            forks.GATE.release()
 
     thread = threading.Thread(target=try_it)
     thread.start()

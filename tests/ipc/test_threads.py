@@ -44,7 +44,7 @@ def closed_meanwhile(loan: fdbroker.Loan, verb: Callable[[], Any]) -> Iterator[l
         stranger.write(b"stranger" * 512)
         stranger.flush()
         thread = threading.Thread(target=call)
-        with forks.gate():
+        with forks.catching_up, forks.GATE:
             thread.start()
             wait_until(lambda: is_waiting(thread))
             number = loan.fileno()
@@ -99,11 +99,11 @@ def test_what_a_finalizer_left_fails_in_no_other_call(
     held, go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with forks.gate():
+        with forks.catching_up, forks.GATE:
             held.set()
-            forks._LOCK.acquire()  # so it is not left when this thread catches up
+            forks.GATE.acquire()  # so it is not left when this thread catches up
             go.wait()
-        forks._LOCK.release()
+        forks.GATE.release()
 
     thread = threading.Thread(target=hold)
     thread.start()
