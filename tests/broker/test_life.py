@@ -5,6 +5,7 @@ Everything is seen from a third process, which looks at the pidfd of the broker 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -502,3 +503,37 @@ def test_as_in_the_readme(temp):
         [sys.executable, "-W", "error", "-c", program], capture_output=True, timeout=60, check=True
     )
     assert (run.stdout, run.stderr) == (b"/dev/null\n", b"")
+
+
+FAULTS_IN_THE_BACKGROUND = """
+import socket, sys, termios
+import fdbroker
+
+settings = termios.tcgetattr(0)
+settings[3] |= termios.TOSTOP
+termios.tcsetattr(0, termios.TCSANOW, settings)
+with fdbroker.Broker() as broker:
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(10)
+            sock.connect(broker.address)
+            sock.send(b"junk")
+            assert sock.recv(1000)
+print("served")
+"""
+
+
+def test_a_terminal_does_not_stop_who_logs_from_the_background():
+    """With ``stty tostop`` a write is SIGTTOU there, and the private broker is not in front."""
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", FAULTS_IN_THE_BACKGROUND])
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
+        while part := os.read(terminal, 4096):
+            said += part
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, said.decode()
+    assert said.count(b"event=fault") == 20
+    assert b"served" in said
