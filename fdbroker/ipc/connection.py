@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
-
 NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""))  # the session of who has none yet
 NOBODY.state = FREE
 

@@ -47,9 +47,8 @@ class Request(Job):
             server.lender.advance(self.connection.session, self.cancelled)
         if left := self.give_away():
             server.workers.submit(Discard(left))
-        if (
-            not answered or self.connection.state == ENDED
-        ):  # never leave a client that waits for ever
+        # one that got no answer would wait for ever
+        if not answered or self.connection.state == ENDED:
             server.end(self.connection)
 
     @abstractmethod

@@ -14,13 +14,13 @@ from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.ipc.workers import Workers
+from fdbroker.lender.books import SECOND
 
 if TYPE_CHECKING:
     from fdbroker.lender import Lender
 
 READABLE = int(select.EPOLLIN)
 EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
-SECOND = 1_000_000_000
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
 

@@ -27,6 +27,7 @@ import msgpack
 
 from fdbroker import errors
 from fdbroker.errors import FDBrokerError, ProtocolError
+from fdbroker.lender.books import SECOND
 from fdbroker.lender.parts import Wish
 
 VERSION = 1
@@ -51,7 +52,6 @@ REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
 HEAD_BYTES, unpack_head = HEAD.size, HEAD.unpack_from
 UINT64 = 0xCF  # msgpack's
-SECOND = 1_000_000_000  # the ledger counts nanoseconds
 KNOWN_REQUESTS = 512  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 256
 UINT16 = 0xCD
@@ -85,13 +85,22 @@ class Verb(NamedTuple):
     becomes: Callable[[list[Any]], Any] = tuple
 
 
+def _nanoseconds(timeout: float | None) -> int | None:
+    return None if timeout is None else int(timeout * SECOND)
+
+
+def _retire(fields: list[Any]) -> tuple[str | bytes, bool, int | None]:
+    name, wait, timeout = fields
+    return name, wait, _nanoseconds(timeout)
+
+
 def _wish(fields: list[Any]) -> Wish:
     names, flags, timeout, purpose = fields
     return Wish(
         tuple(names) if type(names) is list else (names,),
         flags & EXCLUSIVE != 0,
         flags & READONLY != 0,
-        None if timeout is None else int(timeout * SECOND),
+        _nanoseconds(timeout),
         purpose,
     )
 
@@ -116,7 +125,7 @@ VERBS: dict[int, Verb] = {
         (Field("name", (str,), NAME_BYTES), Field("flags", (int,), 7)),
         takes_descriptor=True,
     ),
-    RETIRE: Verb("retire", "retire", (_NAME, Field("wait", (bool,), 1), _TIMEOUT)),
+    RETIRE: Verb("retire", "retire", (_NAME, Field("wait", (bool,), 1), _TIMEOUT), becomes=_retire),
     ENTRIES: Verb("entries", "list", (Field("cursor", (int,), CURSOR),)),
     LOANS: Verb(
         "loans",

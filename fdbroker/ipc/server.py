@@ -66,6 +66,7 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
+from fdbroker.lender.books import SECOND
 from fdbroker.lender.parts import FREE, LENT, Peer
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from fdbroker.lender import Lender
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
-PAUSE = 1_000_000_000  # nanoseconds until a listener that could not accept is tried again
+PAUSE = SECOND  # until a listener that could not accept is tried again
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 
 log = logging.getLogger("fdbroker")

@@ -1,12 +1,14 @@
-"""Channels over SOCK_SEQPACKET: the one place that calls sendmsg and recvmsg.
+"""Sockets of SOCK_SEQPACKET: how they are made, asked, and ended, and what is sent and received.
 
 One message is one packet with its descriptors (SCM_RIGHTS, unix(7)): it arrives whole or not at
-all.  What holds here:
+all.  What holds here, and where the calls stand that a function of ours would slow down (owned.py,
+putter.py, server.py):
 
-* Received descriptors are close-on-exec from the first instant (MSG_CMSG_CLOEXEC), and owned by
-  an `Inbox` before the next Python bytecode runs: a KeyboardInterrupt finds nothing unowned.
+* Received descriptors are close-on-exec from the first instant (MSG_CMSG_CLOEXEC), and owned
+  before an interrupt can come: by an `Inbox` in the broker, whose signal handlers raise nothing,
+  and by what owned.py says in a client.
 * What does not fit or cannot be installed is *lost*, and the kernel says MSG_CTRUNC; what did fit
-  *is* installed all the same, so an inbox owns that too.
+  *is* installed all the same, so it is owned too.
 * An empty packet looks like the end; it is never sent, and is treated as the end.
 * The end of a session is `shutdown`: a copy of the socket in another process would hide a close.
 """
@@ -45,7 +47,6 @@ SOL_SOCKET, SCM_RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 QUEUED = bytearray(INT.size)  # for the one thread that asks: to be given one takes twice as long
 queued = memoryview(QUEUED).cast("i")
 
-Buffers = tuple[tuple[bytearray]]  # recvmsg_into's first argument, ready for `map`
 Ancillary = tuple[tuple[int, int, bytes]]
 
 
@@ -145,15 +146,6 @@ def accept_descriptors(sock: socket.socket) -> None:
 def rights(fds: Sequence[int]) -> Ancillary:
     """The ancillary data that sends copies of `fds`, which stay the caller's."""
     return ((SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds)),)
-
-
-def send_with(sock: socket.socket, data: bytes, ancillary: Ancillary, flags: int = SEND) -> None:
-    """Send one message with descriptors.
-
-    With SEND_NOW a full queue is BlockingIOError.  OSError ETOOMANYREFS: the kernel refuses one
-    more descriptor in flight for this uid; nothing was sent.
-    """
-    sock.sendmsg((data,), ancillary, flags)
 
 
 def shut_down(sock: socket.socket) -> None:

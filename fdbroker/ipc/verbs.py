@@ -35,33 +35,24 @@ from fdbroker.ipc.messages import (
     LoanRow,
     encode,
 )
+from fdbroker.lender.lender import out_of_turn
 from fdbroker.lender.names import check_name
-from fdbroker.lender.parts import CLOSING, IDLE, LENT, WAITING
+from fdbroker.lender.parts import IDLE, LENT
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
     from fdbroker.lender.parts import Wish
 
-SECOND = 1_000_000_000
-
 Fields = tuple[Any, ...]
 Reply = bytes | None
 Handler = Callable[["Server", "Connection", int, Any], Reply]
 
 
-def _ns(timeout: float | None) -> int | None:
-    return None if timeout is None else int(timeout * SECOND)
-
-
 def _require(at: Connection, *states: int) -> None:
     """Raise unless the session is in one of these states."""
-    state = at.session.state
-    if state not in states:
-        reason = "a session carries one loan, or waits for one thing"
-        if state in (WAITING, CLOSING):
-            reason = "it sent a request before it had the last answer"
-        raise ProtocolError("client", reason)
+    if at.session.state not in states:
+        raise out_of_turn(at.session, "a session carries one loan, or waits for one thing")
 
 
 def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
@@ -124,7 +115,7 @@ def retire(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     name, wait, timeout = fields
     _require(at, *((IDLE,) if wait else (IDLE, LENT)))
     if wait:
-        server.lender.retire_and_wait(at.session, seq, name, server.now, _ns(timeout))
+        server.lender.retire_and_wait(at.session, seq, name, server.now, timeout)
         return None
     server.lender.retire(name, server.now)
     server.lender.advance(at.session, seq)

@@ -102,7 +102,7 @@ class Lender(Books):
         where the timeout is 0.
         """
         if session.state != IDLE:
-            raise self._out_of_turn(session, "a session carries one loan, or one wait")
+            raise out_of_turn(session, "a session carries one loan, or one wait")
         names, exclusive, entries = self.names, wish.exclusive, []
         for name in wish.names:
             entry = names.get(name) or self.find(name)  # type: ignore[arg-type]
@@ -113,16 +113,13 @@ class Lender(Books):
             entries.append(entry)
         if wish.has_more:
             self._note_more(session, wish, entries)
-        slot, record = session.slot, session.record
+        record = session.record
         record[BORROW_SEQ] = session.borrow_seq = session.seq = seq
         record[SINCE] = session.since = now
         record[WHAT] = wish.shape | entries[0].slot
         session.wish, session.entries, session.state = wish, entries, LENT
         record[COMMIT] = seq << STATE_BITS | LENT
-        for entry in entries:
-            entry.fd.incref()
-            entry.holders[slot] = session
-            entry.held_exclusively = exclusive
+        self.hold(session)
         return True
 
     def _stand_in_line(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
@@ -154,7 +151,7 @@ class Lender(Books):
         """A RETURN, or whatever else ends a loan.  `ProtocolError` if there is none."""
         wish, entries, slot = session.wish, session.entries, session.slot
         if session.state != LENT or wish is None:
-            raise self._out_of_turn(session, "a return without a loan")
+            raise out_of_turn(session, "a return without a loan")
         session.seq, session.state, session.wish, session.entries = seq, IDLE, None, ()
         session.record[COMMIT] = seq << STATE_BITS | IDLE
         others_concerned = False
@@ -201,12 +198,6 @@ class Lender(Books):
             if entry is None:
                 raise UnknownTicket()
         return entry
-
-    @staticmethod
-    def _out_of_turn(session: Session, reason: str) -> ProtocolError:
-        if session.state in (WAITING, CLOSING):
-            reason = "it sent a request before it had the last answer"
-        return ProtocolError("client", reason)
 
     # --- entries ---
 
@@ -306,3 +297,10 @@ class Lender(Books):
         """Decide for everyone whose deadline has come."""
         while (deadline := self.next_deadline()) is not None and deadline <= now:
             self._time_out(self.sessions[heappop(self.deadlines)[3]], now)
+
+
+def out_of_turn(session: Session, reason: str) -> ProtocolError:
+    """The error for a request that does not go with what the session is doing."""
+    if session.state in (WAITING, CLOSING):
+        reason = "it sent a request before it had the last answer"
+    return ProtocolError("client", reason)
