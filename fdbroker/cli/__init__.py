@@ -51,9 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    import signal
+
     from fdbroker.daemon import log
     from fdbroker.daemon.serve import serve
 
+    # for good: what is said from the background, to the last line, must not stop the process
+    # (termios(3), TOSTOP)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     with log.to_stderr(verbose=options.verbose):
         serve(
             options.socket or default_address(),

@@ -137,8 +137,6 @@ def _signals(server: Server, drain_seconds: float) -> Iterator[None]:
     server.watch(arrived, drain)
     before_tell = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     before = {number: signal.signal(number, _noted) for number in (signal.SIGTERM, signal.SIGINT)}
-    # what is logged from the background must not stop the process (termios(3), TOSTOP)
-    before[signal.SIGTTOU] = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     try:
         yield
     finally:

@@ -505,13 +505,15 @@ def test_as_in_the_readme(temp):
     assert (run.stdout, run.stderr) == (b"/dev/null\n", b"")
 
 
-FAULTS_IN_THE_BACKGROUND = """
-import socket, sys, termios
+STOPS_BACKGROUND_WRITERS = """
+import socket, subprocess, sys, termios
 import fdbroker
 
 settings = termios.tcgetattr(0)
 settings[3] |= termios.TOSTOP
 termios.tcsetattr(0, termios.TCSANOW, settings)
+"""
+LOGS_FAULTS = """
 with fdbroker.Broker() as broker:
     for _ in range(20):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -521,13 +523,20 @@ with fdbroker.Broker() as broker:
             assert sock.recv(1000)
 print("served")
 """
+CANNOT_START = """
+command = [sys.executable, "-m", "fdbroker", "serve", "--socket", "/" + 200 * "long"]
+print("status", subprocess.run(command, process_group=0, timeout=20).returncode)
+"""
 
 
-def test_a_terminal_does_not_stop_who_logs_from_the_background():
-    """With ``stty tostop`` a write is SIGTTOU there, and the private broker is not in front."""
+def said_on_such_a_terminal(program):
+    """What `program` and its background processes say on a terminal with ``stty tostop``.
+
+    To write is SIGTTOU there for who is not in front.
+    """
     pid, terminal = os.forkpty()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", FAULTS_IN_THE_BACKGROUND])
+        os.execv(sys.executable, [sys.executable, "-c", STOPS_BACKGROUND_WRITERS + program])
     said = b""
     with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
         while part := os.read(terminal, 4096):
@@ -535,5 +544,16 @@ def test_a_terminal_does_not_stop_who_logs_from_the_background():
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert status == 0, said.decode()
+    return said
+
+
+def test_a_terminal_does_not_stop_who_logs_from_the_background():
+    said = said_on_such_a_terminal(LOGS_FAULTS)
     assert said.count(b"event=fault") == 20
     assert b"served" in said
+
+
+def test_a_terminal_does_not_stop_the_last_line_from_the_background():
+    said = said_on_such_a_terminal(CANNOT_START)
+    assert b"at most 107 bytes" in said
+    assert b"status 1" in said

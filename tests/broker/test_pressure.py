@@ -41,10 +41,10 @@ def small():
         ):
             client.put("null", null)
             client.loans()
-            before = open_files(client.process.pid)
+            before = sorted(open_files(client.process.pid).values())
             yield client
-            wait_until(lambda: len(open_files(client.process.pid)) == len(before), SOON)
-            assert sorted(open_files(client.process.pid).values()) == sorted(before.values())
+            # in one look: a connection that was queued may still come, and go
+            wait_until(lambda: sorted(open_files(client.process.pid).values()) == before, SOON)
             assert client.stats()["loans"] == 0
         owner.do("broker.close()")
 
