@@ -370,6 +370,16 @@ class BadAddress(FDBrokerError, ValueError):
     says = "{self.address!a} is no address for a broker: {self.reason}"
 
 
+class BadResource(FDBrokerError, ValueError):
+    """What is to be opened was said in words that mean nothing."""
+
+    code = 48
+    how: str
+    what: str
+    reason: str
+    says = "{self.how} {self.what!r}: {self.reason}"
+
+
 # --- the wire --------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ import support
 from support import Peer, wait_until
 
 import fdbroker
-from fdbroker import errors
+from fdbroker import errors, openers
 from fdbroker.daemon.serve import serve
 from fdbroker.errors import FDBrokerError, NoBroker, by_code
 from fdbroker.ipc.listener import Listener
@@ -409,6 +409,11 @@ def serve_twice(address: str) -> None:
 @raises(errors.BadAddress)
 def connect_to_no_address(_: str) -> None:
     fdbroker.Client("/" + "x" * 108).stats()
+
+
+@raises(errors.BadResource)
+def bad_resource(address: str) -> None:
+    openers.make("memfd", "much")
 
 
 # --- the wire --------------------------------------------------------------------------------

@@ -1,22 +1,31 @@
-"""The fdbroker command."""
+"""The fdbroker command: one module for each of its commands, imported only for that one.
+
+A command's module has `arguments`, which describes it to argparse, and `run`, which does it and
+returns the exit status.  Errors are one line on stderr.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from functools import partial
+from importlib import import_module
 
 from fdbroker import __version__
 from fdbroker.errors import FDBrokerError
-from fdbroker.ipc.address import default_address
+
+COMMANDS = {  # and what the list of them says
+    "serve": "run a broker in the foreground",
+}
 
 # with a width of its own: to ask the terminal, argparse imports shutil, and so zlib, bz2 and lzma
-HelpFormatter = partial(argparse.HelpFormatter, width=78)
+HelpFormatter = partial(argparse.RawDescriptionHelpFormatter, width=78)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit status: 0, 1 for an error, 2 for misuse."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
     try:
         return int(options.run(options))
     except (FDBrokerError, OSError) as error:
@@ -24,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """Knows all commands by name, and the first one that is named by its options."""
     parser = argparse.ArgumentParser(
         prog="fdbroker",
         description="Keep open file descriptors under names and lend them to other processes.",
@@ -33,37 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fdbroker {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser(
-        "serve",
-        help="run a broker in the foreground",
-        description="Run a broker in the foreground.  SIGTERM waits for the loans, for at most "
-        "the drain time; a second one stops it now.",
-        formatter_class=HelpFormatter,
-    )
-    serve.add_argument("--socket", metavar="PATH", help="where to listen (default: see the README)")
-    serve.add_argument("--ready-fd", metavar="N", type=int, help="write a newline to N when ready")
-    serve.add_argument("--owner-fd", metavar="N", type=int, help=argparse.SUPPRESS)
-    serve.add_argument(
-        "--drain", metavar="SECONDS", type=float, default=10.0, help="(default: %(default)s)"
-    )
-    serve.set_defaults(run=_serve)
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    for name, does in COMMANDS.items():
+        command = commands.add_parser(name, help=does, formatter_class=HelpFormatter)
+        if name == named:
+            module = import_module(f"fdbroker.cli.{name}")
+            module.arguments(command)
+            command.set_defaults(run=module.run)
     return parser
-
-
-def _serve(options: argparse.Namespace) -> int:
-    import signal
-
-    from fdbroker.daemon import log
-    from fdbroker.daemon.serve import serve
-
-    # for good: what is said from the background, to the last line, must not stop the process
-    # (termios(3), TOSTOP)
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    with log.to_stderr(verbose=options.verbose):
-        serve(
-            options.socket or default_address(),
-            ready_fd=options.ready_fd,
-            owner_fd=options.owner_fd,
-            drain_seconds=options.drain,
-        )
-    return 0

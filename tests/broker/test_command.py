@@ -20,7 +20,7 @@ def test_a_broker_imports_nothing_that_it_does_not_need():
 import sys
 before = set(sys.modules)
 from fdbroker.cli import _parser
-_parser().parse_args(["serve"])
+_parser(["serve"]).parse_args(["serve"])
 import fdbroker.daemon.log, fdbroker.daemon.serve
 print(*{HEAVY} & set(sys.modules) - before)
 """
