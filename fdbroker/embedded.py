@@ -11,10 +11,12 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import warnings
+from typing import NoReturn
 
 from fdbroker.errors import BrokerStartError
 from fdbroker.ipc.client import Client, forget_client_at
@@ -37,12 +39,15 @@ class Broker(Client):
     def __init__(self, *, drain: float = 10.0) -> None:
         self._owner_pid = os.getpid()
         self._drain = drain
-        self._folder = tempfile.mkdtemp(prefix="fdbroker-")  # 0700
+        # both are known by name before there is anything: an interrupt at any point finds them
+        self._folder = os.path.join(tempfile.gettempdir(), f"fdbroker-{os.urandom(8).hex()}")
+        self._process = subprocess.Popen.__new__(subprocess.Popen)
         super().__init__(os.path.join(self._folder, "broker.sock"))
         try:
-            self._process = self._start()
+            os.mkdir(self._folder, mode=0o700)
+            self._start()
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._kill()
             raise
 
     @property
@@ -50,46 +55,60 @@ class Broker(Client):
         """The process id of the broker."""
         return self._process.pid
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        ready, told = os.pipe()
-        try:
-            try:
-                process = self._spawn(told)
-            finally:
-                os.close(told)
-            try:
-                _wait_until_ready(process, ready)
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
-        finally:
-            os.close(ready)
-        return process
+    def _start(self) -> None:
+        """Start it and wait until it serves.
 
-    def _spawn(self, told: int) -> subprocess.Popen[bytes]:
+        Signals wait meanwhile: the exception of one just after a descriptor or a process was made
+        would come before we have noted its number.
+        """
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        ready = told = owner = -1
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                ready, told = os.pipe()
+                owner = os.pidfd_open(self._owner_pid)
+                self._spawn(told, owner)
+            finally:
+                _close(told)
+                _close(owner)
+                signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            self._wait_until_ready(ready)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            _close(ready)
+
+    def _spawn(self, told: int, owner: int) -> None:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         environment = dict(os.environ)
         if os.path.basename(package) not in ("site-packages", "dist-packages"):  # found anyway
             path = [package, *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(path)
-        owner = os.pidfd_open(self._owner_pid)
-        try:
-            return subprocess.Popen(
-                # -P: the folder we happen to be in is no place to import from
-                [
-                    *(sys.executable, "-P", "-m", "fdbroker", "serve"),
-                    *("--socket", self.address, "--drain", str(self._drain)),
-                    *("--ready-fd", str(told), "--owner-fd", str(owner)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # whoever reads the owner's must see its end
-                pass_fds=(told, owner),
-                env=environment,
-                process_group=0,  # Ctrl-C is for its owner, who then ends it
-            )
-        finally:
-            os.close(owner)
+        self._process.__init__(  # type: ignore[misc]
+            # -P: the folder we happen to be in is no place to import from
+            [
+                *(sys.executable, "-P", "-m", "fdbroker", "serve"),
+                *("--socket", self.address, "--drain", str(self._drain)),
+                *("--ready-fd", str(told), "--owner-fd", str(owner)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # whoever reads the owner's must see its end
+            pass_fds=(told, owner),
+            env=environment,
+            process_group=0,  # Ctrl-C is for its owner, who then ends it
+        )
+
+    def _wait_until_ready(self, ready: int) -> None:
+        """Wait for the newline in the pipe `ready`; `BrokerStartError`."""
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        if poll.poll(START_SECONDS * 1000):
+            if os.read(ready, 1):
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)  # its own status, which a kill might replace
+        self._process.kill()
+        raise BrokerStartError(self._process.wait())
 
     def close(self) -> None:
         """End the broker, as the end of the block does.  In a forked child: only its sessions."""
@@ -104,16 +123,24 @@ class Broker(Client):
             try:
                 self._process.wait(self._drain + END_SECONDS)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self._kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        """End it at once, with all that it made."""
+        if getattr(self._process, "pid", None) is not None:
+            self._process.kill()
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Broker:
         return self
 
     def __del__(self) -> None:
-        process = self.__dict__.get("_process")  # an interrupted constructor has set none
-        if process is None or process.returncode is not None:
+        process: subprocess.Popen[bytes] | None = self.__dict__.get("_process")
+        if process is None or getattr(process, "pid", None) is None:  # its start was interrupted
+            return
+        if process.returncode is not None:
             return
         if os.getpid() != self._owner_pid:
             process.returncode = 0  # a forked child's copy
@@ -122,19 +149,12 @@ class Broker(Client):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
         finally:
             if not sys.is_finalizing():  # at the exit of its owner it waits for the loans
-                process.kill()  # a finalizer does not
-                process.wait()
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._kill()  # a finalizer does not
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a broker cannot be copied or pickled: attach() to its address")
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], ready: int) -> None:
-    """Wait for the newline in the pipe `ready`; `BrokerStartError`."""
-    poll = select.poll()
-    poll.register(ready, select.POLLIN)
-    if poll.poll(START_SECONDS * 1000):
-        if os.read(ready, 1):
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_SECONDS)  # its own status, which a kill might replace
-    process.kill()
-    raise BrokerStartError(process.wait())
+def _close(number: int) -> None:
+    if number >= 0:
+        os.close(number)

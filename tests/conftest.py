@@ -119,7 +119,7 @@ def stderr_to(file: IO[str]) -> Iterator[None]:
 
 def let_go(broker: fdbroker.Broker) -> None:
     """End what a process keeps for its brokers until it ends: idle sessions, owners."""
-    from fdbroker.ipc import client, wire
+    from fdbroker.ipc import client, pool, wire
 
     gc.collect()
     for other in [broker, *client._clients.values()]:
@@ -127,6 +127,7 @@ def let_go(broker: fdbroker.Broker) -> None:
             while sessions:
                 sessions.pop().end()
     client._clients.clear()
+    pool._owning.clear()
     while wire.until_exit:
         wire.until_exit.pop().end()
 

@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
     from fdbroker.daemon import log
     from fdbroker.daemon.serve import serve
 
+    # who starts us may have signals blocked, as the owner of a private broker has
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # for good: what is said from the background, to the last line, must not stop the process
     # (termios(3), TOSTOP)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)

@@ -14,11 +14,13 @@ from itertools import starmap
 from threading import get_ident
 from typing import TYPE_CHECKING
 
+from fdbroker.errors import BrokerGone
 from fdbroker.ipc import messages
 from fdbroker.ipc.forks import catch_up, later, other_threads
 from fdbroker.ipc.loan import Loan
 from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY
 from fdbroker.ipc.owned import Arguments, message_with
+from fdbroker.ipc.pool import TRIES
 from fdbroker.ipc.session import NOBODY
 from fdbroker.ipc.unix import SEND
 from fdbroker.ipc.wire import StaleSession
@@ -50,12 +52,13 @@ def prepare(key: Key) -> Borrow:
         raise ValueError(f'mode is None or "r", not {mode!r}')
     if timeout is not None:
         timeout = check_timeout(timeout)
-    if purpose:
-        check_purpose(purpose)
+    check_purpose(purpose)
     names: tuple[str, ...] = ("",)
     if isinstance(what, tuple):
         check_names(names := what)
-    elif not isinstance(what, bytes):
+    elif isinstance(what, bytes):
+        check_ticket(what)
+    else:
         check_name(what)
         names = (what,)
     flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
@@ -71,51 +74,53 @@ def prepare(key: Key) -> Borrow:
     return request
 
 
-def borrow(pool: Pool, request: Borrow) -> Loan:
+def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
     """Ask for it with a session of the pool; the loan holds the session then."""
     head, tail, totals, receiving, unpack, names, exclusive, timeout = request
     if later:  # what an interrupted finalizer left
         catch_up()
-    while True:
+    try:
+        session = pool.idle.pop()
+    except IndexError:
+        session = pool.open()
+    try:
+        session.seq = seq = session.seq + 1
+        send = session.send  # called as an attribute, a slot takes twice as long
         try:
-            session = pool.idle.pop()
-        except IndexError:
-            session = pool.open()
+            send(pack_head(head, seq) + tail, SEND)
+        except ConnectionResetError:  # it died with something unread: this was not sent
+            raise BrokenPipeError from None
+        received = session.owned
+        if timeout is None and not other_threads():
+            received.extend(starmap(session.recvmsg, receiving))
+        else:
+            session.wait(seq, timeout)
+        reply, ancillary, _, _ = received[0]
+        usual = reply.startswith(pack_start(GRANTED, seq, totals))
         try:
-            session.seq = seq = session.seq + 1
-            send = session.send  # called as an attribute, a slot takes twice as long
-            try:
-                send(pack_head(head, seq) + tail, SEND)
-            except ConnectionResetError:  # it died with something unread: this was not sent
-                raise BrokenPipeError from None
-            received = session.owned
-            if timeout is None and not other_threads():
-                received.extend(starmap(session.recvmsg, receiving))
-            else:
-                session.wait(seq, timeout)
-            reply, ancillary, _, _ = received[0]
-            usual = reply.startswith(pack_start(GRANTED, seq, totals))
-            try:
-                ((_, _, rights),) = ancillary if usual else []
-                fds = unpack(rights)
-                received[0] = iter(fds)
-            except (ValueError, struct.error):
-                fds, reply = session.take_loan(seq, len(names), timeout)
-            session.fds = fds
-            session.names = names
-            session.thread = NOBODY if exclusive else get_ident()
-            loan = Loan()
-            loan._names = names
-            loan._reply = reply
-            loan._session = session
-            return loan
-        except BaseException as error:
-            try:
-                session.give_up_after(error)
-            except StaleSession:
-                continue
+            ((_, _, rights),) = ancillary if usual else []
+            fds = unpack(rights)
+            received[0] = iter(fds)
+        except (ValueError, struct.error):
+            fds, reply = session.take_loan(seq, len(names), timeout)
+        session.fds = fds
+        session.names = names
+        session.thread = NOBODY if exclusive else get_ident()
+        loan = Loan()
+        loan._names = names
+        loan._reply = reply
+        loan._session = session
+        return loan
+    except BaseException as error:
+        try:
+            session.give_up_after(error)
+        except StaleSession:
+            if tries == 1:
+                raise BrokerGone(pool.address) from None
+        else:
             pool.give(session)
             raise
+    return borrow(pool, request, tries - 1)
 
 
 def check_timeout(seconds: float) -> float | None:
@@ -125,8 +130,18 @@ def check_timeout(seconds: float) -> float | None:
     return float(seconds) if seconds <= messages.TIMEOUT_SECONDS else None
 
 
+def check_ticket(ticket: bytes) -> None:
+    """ValueError for what cannot be a ticket, TypeError if it is not even bytes."""
+    if not isinstance(ticket, bytes):
+        raise TypeError(f"a ticket is bytes, not {type(ticket).__name__}")
+    if len(ticket) != messages.TICKET_BYTES:
+        raise ValueError(f"a ticket has {messages.TICKET_BYTES} bytes, not {len(ticket)}")
+
+
 def check_purpose(purpose: str) -> None:
-    """ValueError for a purpose that is too long."""
+    """ValueError for a purpose that is too long, TypeError for one that is no str."""
+    if not isinstance(purpose, str):
+        raise TypeError(f"a purpose is a str, not {type(purpose).__name__}")
     if len(purpose.encode(errors="replace")) > messages.PURPOSE_BYTES or not purpose.isprintable():
         limit = messages.PURPOSE_BYTES
         raise ValueError(f"a purpose has at most {limit} printable bytes, not {purpose!a}")

@@ -12,9 +12,9 @@ from time import CLOCK_BOOTTIME, clock_gettime, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fdbroker.descriptors import Kind, inspect
-from fdbroker.errors import FDBrokerError, UnknownEntry
+from fdbroker.errors import BrokerGone, FDBrokerError, UnknownEntry
 from fdbroker.ipc.address import default_address
-from fdbroker.ipc.borrowing import borrow, check_timeout, known, prepare
+from fdbroker.ipc.borrowing import borrow, check_ticket, check_timeout, known, prepare
 from fdbroker.ipc.messages import (
     ENTRIES,
     EPHEMERAL,
@@ -26,7 +26,7 @@ from fdbroker.ipc.messages import (
     EntryRow,
     LoanRow,
 )
-from fdbroker.ipc.pool import Pool
+from fdbroker.ipc.pool import TRIES, Pool
 from fdbroker.ipc.wire import StaleSession
 from fdbroker.lender.names import check_name
 
@@ -138,6 +138,8 @@ class Client:
         purpose: str = "",
     ) -> Loan:
         """Borrow several entries at once, all or nothing, as one loan.  As `borrow` otherwise."""
+        if isinstance(names, str | bytes):
+            raise TypeError("borrow_all takes several names: borrow() takes one")
         key = tuple(names), exclusive, mode, timeout, purpose
         try:
             return borrow(self._pool, known(key) or prepare(key))
@@ -154,6 +156,7 @@ class Client:
         purpose: str = "",
     ) -> Loan:
         """Borrow what a `SharedFD` stands for; `UnknownTicket`.  As `borrow` otherwise."""
+        check_ticket(ticket)
         key = ticket, exclusive, mode, timeout, purpose
         return borrow(self._pool, known(key) or prepare(key))
 
@@ -180,7 +183,8 @@ class Client:
         `NameTaken`, `BadName`, `UnsupportedKind`, `NotPermitted`, `BrokerFull`, `BrokerClosing`.
         """
         check_name(name)
-        generation, _ = self._put(name, obj, REPLACE * replace, ephemeral)
+        flags = REPLACE * bool(replace) | EPHEMERAL * bool(ephemeral)
+        generation, _ = self._put(name, obj, flags)
         return int(generation)
 
     def share(self, obj: HasFileno | int) -> SharedFD:
@@ -190,14 +194,15 @@ class Client:
         """
         from fdbroker.ipc.shared import SharedFD
 
-        _, ticket = self._put("", obj, NAMELESS, True)
+        _, ticket = self._put("", obj, NAMELESS | EPHEMERAL)
         return SharedFD(self.address, bytes(ticket), self)
 
-    def _put(self, name: str, obj: HasFileno | int, flags: int, ephemeral: bool) -> list[Any]:
+    def _put(self, name: str, obj: HasFileno | int, flags: int) -> list[Any]:
+        if isinstance(obj, bool):
+            raise TypeError("a descriptor is an int or has a fileno(), not a bool")
         fd = obj if isinstance(obj, int) else obj.fileno()
         os.fstat(fd)  # a number that is closed could become the one of a session's socket
-        flags |= EPHEMERAL * ephemeral
-        while True:
+        for _ in range(TRIES):
             putter = self._pool.take_putter()
             try:
                 return putter.put(name, flags, fd)
@@ -209,6 +214,7 @@ class Client:
                 raise
             finally:
                 self._pool.give_putter(putter)
+        raise BrokerGone(self.address)
 
     def retire(self, name: str | bytes, wait: bool = False, timeout: float | None = None) -> None:
         """The entry refuses new borrows from now on, its name is free, its last return closes it.
@@ -217,7 +223,9 @@ class Client:
         `UnknownEntry`, `RetireTimeout`, `CloseFailed`, and `WouldDeadlock` (with nothing changed)
         if this process has it on loan itself.
         """
-        if isinstance(name, str):
+        if isinstance(name, bytes):
+            check_ticket(name)
+        else:
             check_name(name)
         wait_for = check_timeout(timeout) if wait and timeout is not None else None
         try:
@@ -244,7 +252,7 @@ class Client:
 
     def loans(self, name: str | None = None) -> list[LoanInfo]:
         """All loans that are out, or those of the entry `name` (of retiring ones too)."""
-        if name:
+        if name is not None:
             check_name(name)
         found: list[LoanInfo] = []
         cursor, index, since_boot = 0, 0, _boot()
@@ -264,7 +272,7 @@ class Client:
     # --- the client itself ---
 
     def _request(self, verb: int, *fields: Any, **how: Any) -> list[Any]:
-        while True:
+        for _ in range(TRIES):
             session = self._pool.take()
             try:
                 return session.request(verb, *fields, **how)
@@ -272,6 +280,7 @@ class Client:
                 continue
             finally:
                 self._pool.give(session)
+        raise BrokerGone(self.address)
 
     def close(self) -> None:
         """End the idle sessions.  Ephemeral entries stay, they end with the process."""

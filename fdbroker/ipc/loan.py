@@ -175,12 +175,14 @@ class Loan:
     def pass_fds(self) -> tuple[int, ...]:
         """The descriptors and, last, the session: for ``subprocess.Popen(pass_fds=...)``.
 
-        The loan then lasts until this process has closed it and the child has ended.
+        The loan then lasts until this process has closed it and the child has ended.  Once this
+        process has ended its private broker there is no session any more.
         """
         with catching_up, GATE:
             session = self._held()
             session.split = True
-            return (*session.fds, session.sock.fileno())
+            number = session.sock.fileno()
+            return session.fds if number < 0 else (*session.fds, number)
 
     def close(self) -> None:
         """Return the loan.  Again: nothing happens.  Raises what a wrapper's last flush raised,
@@ -229,7 +231,8 @@ class Loan:
 
     def __repr__(self) -> str:
         names = ", ".join(name or "shared" for name in self._names)
-        state = "closed" if self.closed else f"fd {self._session.fds[0]}"
+        session = getattr(self, "_session", None)
+        state = "closed" if session is None or session.forked else f"fd {session.fds[0]}"
         return f"<Loan of {names}, {state}>"
 
 

@@ -7,7 +7,7 @@ them to a child, and with it a part in the ephemeral entries that they own.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import suppress
 
 from fdbroker.errors import ClosedClientError
@@ -17,6 +17,10 @@ from fdbroker.ipc.session import Session
 from fdbroker.ipc.wire import until_exit
 
 IDLE_SESSIONS = 64  # kept for the next request
+TRIES = IDLE_SESSIONS + 8  # with another session, where one after the other turns out to be over
+
+# putters of clients that were closed, which live on for what they own: the next client's to use
+_owning: defaultdict[str, deque[Putter]] = defaultdict(deque)
 
 
 class Pool:
@@ -58,10 +62,10 @@ class Pool:
         """A session that puts."""
         if self.closed:
             raise ClosedClientError()
-        try:
-            return self.putters.pop()
-        except IndexError:
-            return Putter.open(self.address)
+        for putters in (self.putters, _owning[self.address]):
+            with suppress(IndexError):
+                return putters.pop()
+        return Putter.open(self.address)
 
     def give_putter(self, putter: Putter) -> None:
         """Take it back, unless its last put went wrong: then it only goes on living."""
@@ -82,13 +86,16 @@ class Pool:
         with suppress(IndexError):
             while True:
                 putter = self.putters.pop()
-                if not putter.owns:
+                if putter.owns:
+                    _owning[self.address].append(putter)
+                else:
                     putter.end()
 
 
 def cut_off(address: str) -> None:
     """End what this process has of the broker at `address`, which itself ends now and would wait
     for it.  Loans that are open keep their descriptors."""
+    _owning.pop(address, None)
     for wire in [wire for wire in list(until_exit) if wire.address == address]:
         until_exit.discard(wire)
         wire.end()

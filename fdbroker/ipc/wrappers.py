@@ -1,8 +1,9 @@
 """What a loan made of its descriptor, and how that ends: sockets and file objects, each with a dup.
 
 They belong to the loan, but their users have them in hand: a wrapper may be closed already, its
-buffer may be detached, or its number closed behind its back and given to a stranger by the kernel,
-who must not lose it.
+buffer may be detached, or a socket's number closed behind its back and given to a stranger by the
+kernel, who must not lose it.  (Of a file object's number that cannot be told in time, as of any
+file object: Python closes it in C, whatever it leads to by then.)
 """
 
 from __future__ import annotations

@@ -292,10 +292,17 @@ class Books:
         session.awaited = entry
         entry.watchers[session.slot] = session
 
+    def watch_again(self, session: Session) -> None:
+        """A loaded session that waits for a close; if it has lost what for, that is closed."""
+        if session.awaited is not None:
+            self.watch(session, session.awaited)
+        else:
+            self._leave_watch(session)
+            self.decisions.append((session, session.asked_seq, None))
+
     def _leave_watch(self, session: Session) -> None:
-        entry = session.awaited
-        assert entry is not None
+        entry, session.awaited = session.awaited, None
         self._commit(session, IDLE)
-        session.awaited = None
         session.deadline = FOREVER
-        entry.watchers.pop(session.slot, None)
+        if entry is not None:
+            entry.watchers.pop(session.slot, None)

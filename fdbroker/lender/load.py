@@ -12,6 +12,8 @@ in which it was going:
     a wait for a retiring entry             it is told so
     a wait that nothing holds back          it is granted
     a retiring entry without loans          it is to be closed
+    an entry without its descriptor         a put that nobody was told of, or a close that was done
+    a session without its socket            it has ended, and with it its loan
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from fdbroker.lender.ledger import Ledger, Slots
+from fdbroker.lender.ledger import COMMIT, Ledger, Slots
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.parts import (
     CLOSING,
@@ -49,19 +51,22 @@ def load(
 ) -> Lender:
     """The lender that wrote `ledger`.  `peers` is by session slot, `descriptors` by entry slot.
 
-    Each FD must be one without references; it is the lender's from now on.
+    Each FD must be one without references; it is the lender's from now on.  What custody has no
+    socket or no descriptor of was not yet or is no longer anybody's.
     """
     lender = Lender(ledger)
-    entries = {
-        slot: _entry(ledger, slot, descriptors[slot])
-        for slot, state in enumerate(ledger.entry_states())
-        if state != FREE
-    }
-    sessions = [
-        _session(ledger, slot, peers[slot], entries)
-        for slot, state in enumerate(ledger.session_states())
-        if state != FREE
-    ]
+    entries: dict[int, Entry] = {}
+    for slot, state in enumerate(ledger.entry_states()):
+        if state != FREE and slot in descriptors:
+            entries[slot] = _entry(ledger, slot, descriptors[slot])
+        elif state != FREE:
+            ledger.commit_entry(slot, 0, FREE)
+    sessions: list[Session] = []
+    for slot, state in enumerate(ledger.session_states()):
+        if state != FREE and slot in peers:
+            sessions.append(_session(ledger, slot, peers[slot], entries))
+        elif state != FREE:
+            ledger.record(slot)[COMMIT] = FREE
     cells = {cell for session in sessions for cell in session.cells}
     lender.slots_taken(
         Slots(ledger.sessions, "sessions", {session.slot for session in sessions}),
@@ -102,7 +107,7 @@ def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -
         session.asked, session.asked_seq = record.asked, record.borrow_seq
         session.deadline = record.deadline
     if state == CLOSING:
-        session.awaited = entries[record.entry]
+        session.awaited = entries.get(record.entry)
     if state in (WAITING, LENT):
         cells, others = ledger.read_cells(record.cell, record.members - 1)
         members = [entries[number] for number in (record.entry, *others)]
@@ -123,8 +128,8 @@ def _enter_session(lender: Lender, session: Session) -> None:
     lender.sessions[session.slot] = session
     if session.state == LENT:
         lender.hold(session)
-    if session.awaited is not None:
-        lender.watch(session, session.awaited)
+    if session.state == CLOSING:
+        lender.watch_again(session)
     if session.deadline != FOREVER:
         lender.note_deadline(session)
 

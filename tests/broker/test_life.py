@@ -557,3 +557,39 @@ def test_a_terminal_does_not_stop_the_last_line_from_the_background():
     said = said_on_such_a_terminal(CANNOT_START)
     assert b"at most 107 bytes" in said
     assert b"status 1" in said
+
+
+def test_an_interrupted_start_leaves_nothing(temp):
+    """Ctrl-C at any time of it: no process, no folder, no descriptor."""
+    with Puppet() as owner:
+        owner.do("""
+            dice, armed, raised = __import__("random").Random(5), False, 0
+            def ring(number, frame):
+                global armed, raised
+                if armed:
+                    armed, raised = False, raised + 1
+                    raise KeyboardInterrupt
+            signal.signal(signal.SIGALRM, ring)
+            fdbroker.Broker().close()
+            before = sorted(os.listdir("/proc/self/fd"))
+            started = time.perf_counter()
+            fdbroker.Broker().close()
+            took = time.perf_counter() - started
+        """)
+        for _ in range(25):
+            owner.do("""
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.000_1, took))
+                try:
+                    broker = fdbroker.Broker()
+                    armed = False
+                    broker.close()
+                except KeyboardInterrupt:
+                    pass
+                gc.collect()
+            """)
+            assert os.listdir(temp) == []
+        assert owner.do("raised") > 5
+        with pytest.raises(ChildProcessError):
+            owner.do("os.waitpid(-1, os.WNOHANG)")
+        assert owner.do('sorted(os.listdir("/proc/self/fd"))') == owner.do("before")

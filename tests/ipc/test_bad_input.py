@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
+import pickle
 import select
 import socket
 from collections.abc import Iterator
@@ -93,6 +95,21 @@ def test_a_name_that_is_taken(broker: fdbroker.Broker, data_file: IO[bytes]) -> 
     os.close(reader)
 
 
+def test_what_is_true_will_do_as_a_flag(broker: fdbroker.Broker, data_file: IO[bytes]) -> None:
+    broker.put("data", data_file, ephemeral=3, replace="yes")  # type: ignore[arg-type]
+    with broker.borrow("data", exclusive=2):  # type: ignore[arg-type]
+        (loan,) = broker.loans("data")
+        assert loan.exclusive
+
+
+@pytest.mark.parametrize("size", [0, 15, 17, 300])
+def test_a_ticket_of_another_length(broker: fdbroker.Broker, size: int) -> None:
+    with pytest.raises(ValueError, match="16 bytes"):
+        broker.borrow_ticket(bytes(size))
+    with pytest.raises(ValueError, match="16 bytes"):
+        broker.retire(bytes(size))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -122,14 +139,23 @@ def test_wrong_types_are_type_errors(broker: fdbroker.Broker, data_file: IO[byte
         lambda: broker.borrow(5),  # type: ignore[arg-type]
         lambda: broker.borrow(None),  # type: ignore[arg-type]
         lambda: broker.borrow_all([None]),  # type: ignore[list-item]
+        lambda: broker.borrow_all("data"),
+        lambda: broker.borrow_ticket("data"),  # type: ignore[arg-type]
         lambda: broker.borrow("data", timeout="1"),  # type: ignore[arg-type]
         lambda: broker.borrow("data", purpose=1),  # type: ignore[arg-type]
+        lambda: broker.borrow("data", purpose=None),  # type: ignore[arg-type]
+        lambda: broker.retire(5),  # type: ignore[arg-type]
+        lambda: broker.loans(5),  # type: ignore[arg-type]
         lambda: broker.put("x", "data"),  # type: ignore[arg-type]
+        lambda: broker.put("x", True),
         lambda: broker.put(1, data_file),  # type: ignore[arg-type]
+        lambda: copy.copy(broker),
+        lambda: pickle.dumps(broker),
     ]
     for wrong in wrongs:
         with pytest.raises((TypeError, AttributeError)):
             wrong()
+    assert broker.stats()["entries"] == 1
     assert broker.stats()["loans"] == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,7 @@ from support import BORROW, HELLO, RETURN, STATS, Raw, fake_broker, greet
 
 import fdbroker
 from fdbroker.errors import BrokerGone, ProtocolError, TooManyFiles, VersionMismatch
+from fdbroker.ipc.pool import TRIES
 
 
 @pytest.fixture
@@ -262,3 +264,25 @@ def test_a_session_that_died_with_a_return_unread_is_replaced(
         (idle,) = client._pool.idle
         select.select([idle.sock], [], [])  # its end
         client.borrow("data").close()
+
+
+@pytest.mark.parametrize("asks", ["borrow", "stats", "put"])
+def test_a_broker_that_greets_and_hangs_up_is_given_up(
+    address: str, data_file: IO[bytes], asks: str
+) -> None:
+    def hang_up(session: Raw) -> None:
+        """Before a request can come: so it was not sent, and is sent to another session."""
+        session.receive()
+        session.sock.shutdown(socket.SHUT_RD)
+        session.send(0, 0, 1)
+        is_over(session)
+
+    with fake_broker(address, *[hang_up] * TRIES), fdbroker.Client(address) as client:
+        ask = {
+            "borrow": lambda: client.borrow("data"),
+            "stats": client.stats,
+            "put": lambda: client.put("data", data_file),
+        }[asks]
+        with pytest.raises(BrokerGone) as caught:
+            ask()
+        assert caught.value.address == address

@@ -197,3 +197,15 @@ def test_an_ephemeral_entry_outlives_the_client_that_put_it(
     gc.collect()
     with broker.borrow("kept") as loan:
         os.fstat(loan.fileno())
+
+
+def test_many_clients_that_own_something_share_one_session(
+    broker: fdbroker.Broker, data_file: IO[bytes]
+) -> None:
+    """What a process owns needs a session until its end, but not one for each client."""
+    before = broker.stats()["sessions"]
+    for _ in range(20):
+        with fdbroker.Client(broker.address) as client:
+            client.share(data_file).close()
+    assert len(until_exit) == 1
+    wait_until(lambda: broker.stats()["sessions"] == before + 1)

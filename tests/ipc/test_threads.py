@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import pytest
+from places import Tracer, every_place
 from support import targets, wait_until
 
 import fdbroker
 from fdbroker.errors import ClosedLoanError
 from fdbroker.ipc import forks
+from fdbroker.ipc import loan as loan_module
+from fdbroker.ipc.pool import cut_off
 
 
 def is_waiting(thread: threading.Thread) -> bool:
@@ -204,3 +207,37 @@ def test_the_owners_own_loans_do_not_hold_up_the_end_of_its_broker(data_file: IO
     loan.close()
     assert mapping[7] == 7
     mapping.close()
+
+
+def test_what_a_broker_ends_with_is_listed_under_the_gate(broker: fdbroker.Broker) -> None:
+    """Else another thread may add a session to the list meanwhile."""
+    thread = threading.Thread(target=cut_off, args=("/nowhere",))
+    with forks.catching_up, forks.GATE:
+        thread.start()
+        wait_until(lambda: is_waiting(thread))
+    thread.join()
+
+
+def test_a_loan_that_outlives_its_broker(data_file: IO[bytes]) -> None:
+    with fdbroker.Broker() as private:
+        private.put("data", data_file)
+        loan = private.borrow("data")
+    with loan:
+        assert loan.pass_fds() == (loan.fileno(),)
+        assert os.pread(loan.fileno(), 3, 0) == b"\0\1\2"
+
+
+def test_a_loan_can_be_shown_while_another_thread_closes_it(
+    broker: fdbroker.Broker, data_file: IO[bytes]
+) -> None:
+    broker.put("data", data_file)
+
+    def act(tracer: Tracer) -> None:
+        loan = broker.borrow("data")
+        tracer.when, tracer.at, tracer.meanwhile = tracer.at, -1, loan.close
+        with tracer.running():
+            assert repr(loan).startswith("<Loan of data, ")
+        loan.close()
+        tracer.raised = tracer.acted
+
+    assert every_place(loan_module.__file__, act) >= 10

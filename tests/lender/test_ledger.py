@@ -22,9 +22,10 @@ from fdbroker.lender.ledger import (
     shape,
 )
 from fdbroker.lender.lender import Lender
+from fdbroker.lender.load import load
 from fdbroker.lender.parts import IDLE, LENT, Peer, Wish
 
-from .kit import CutLedger, Descriptors, Rig, buffer_for, reload, view
+from .kit import CountingFD, CutLedger, Descriptors, Rig, buffer_for, reload, view
 
 
 def words(buffer) -> list[int]:
@@ -299,3 +300,48 @@ def test_a_load_of_100_000_entries_leaves_it_sparse():
     assert view(loaded) == view(lender)
     descriptors.abandon(lender)
     assert resident() - before < size / 3
+
+
+def reload_without(rig: Rig, *, sessions: tuple[int, ...] = (), entries: tuple[int, ...] = ()):
+    """A successor that got no socket of these sessions, and no descriptor of these entries."""
+    peers = {slot: one.peer for slot, one in rig.lender.sessions.items() if slot not in sessions}
+    copy = Ledger(bytearray(rig.ledger.buffer))
+    kept = {slot: CountingFD() for slot in rig.lender.entries if slot not in entries}
+    loaded = load(copy, peers, kept, rig.now)
+    assert view(reload(copy, peers, rig.now)) == view(loaded)  # the ledger says so from now on
+    return loaded
+
+
+def test_a_session_without_its_socket_has_ended(rig: Rig):
+    """Nobody was told of it yet, or it was over but for the slot."""
+    holder, waiting, greeted = rig.clients(3)
+    rig.put("a")
+    rig.borrow(holder, "a", exclusive=True)
+    rig.borrow(waiting, "a")
+    loaded = reload_without(rig, sessions=(holder.slot, greeted.slot))
+    assert set(loaded.sessions) == {waiting.slot}
+    ((who, seq, error),) = loaded.decisions  # it is its turn now
+    assert (who.slot, seq, error) == (waiting.slot, waiting.seq, None)
+    assert loaded.open(Peer(1, 1, 1)).slot == holder.slot
+
+
+def test_an_entry_without_its_descriptor_was_never_put(rig: Rig):
+    (client,) = rig.clients(1)
+    rig.put("a", by=client)
+    rig.put("b", by=client)
+    loaded = reload_without(rig, entries=(1,))
+    assert set(loaded.names) == {"a"}
+    assert set(loaded.entries) == {0}
+    assert loaded.put(None, 0, "b", b"", CountingFD(), 1, rig.now).slot == 1
+
+
+def test_an_entry_without_its_descriptor_was_closed(rig: Rig):
+    """Who waits for that is told so."""
+    (client,) = rig.clients(1)
+    rig.put("a")
+    rig.retire_and_wait(client, "a")
+    loaded = reload_without(rig, entries=(0,))
+    ((who, seq, error),) = loaded.decisions
+    assert (who.slot, seq, error) == (client.slot, client.asked_seq, None)
+    assert not loaded.entries
+    assert not loaded.closings

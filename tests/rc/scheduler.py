@@ -26,7 +26,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from . import opcodes
+import opcodes
 
 
 class Deadlock(AssertionError):

@@ -7,81 +7,16 @@ second, until the operation comes through.  And by real signals, wherever they h
 
 from __future__ import annotations
 
-import dis
-import gc
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import Any
+from contextlib import suppress
 
 import pytest
+from places import Tracer, every_place
 
 import fdbroker.rc as rc
 from fdbroker.errors import ClosedFDError, CloseTimeout
 
-from . import kit, opcodes
-
-SOURCE = rc.__file__
-LOOKS = ("RESUME", "CALL", "CALL_FUNCTION_EX", "CALL_KW", "JUMP_BACKWARD")
-
-
-class Tracer:
-    """Raises KeyboardInterrupt at the `at`-th place, and calls `meanwhile` at opcode `when`."""
-
-    def __init__(
-        self, at: int, when: int = -1, meanwhile: Callable[[], object] = lambda: None
-    ) -> None:
-        self.places, self.at = 0, at
-        self.opcodes, self.when, self.meanwhile = 0, when, meanwhile
-        self.raised = self.acted = False
-        self._last: dict[FrameType, str] = {}
-
-    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if frame.f_code.co_filename != SOURCE:
-            return None
-        caller = frame.f_back
-        if caller in self._last:  # a call of Python code: nothing is looked for as it returns
-            self._last[caller] = ""
-        self._last[frame] = "RESUME"
-        return opcodes.watch(frame, self._local)
-
-    def _local(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "exception":  # a call that raises goes to its handler at once
-            self._last[frame] = ""
-        if event != "opcode":
-            return self._local
-        name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-        last, self._last[frame] = self._last[frame], name
-        if name == "RESUME":
-            return self._local
-        self.opcodes += 1
-        if self.opcodes == self.when:
-            sys.settrace(None)
-            self.acted = True
-            self.meanwhile()
-            sys.settrace(self.trace)
-        if last in LOOKS:
-            self.places += 1
-            if self.places == self.at:
-                self.raised = True
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._local
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        gc.disable()  # or the finalizer of an earlier case is interrupted instead
-        sys.settrace(self.trace)
-        try:
-            yield
-        except KeyboardInterrupt:
-            assert self.raised
-        finally:
-            sys.settrace(None)
-            gc.enable()
-            self._last.clear()
+from . import kit
 
 
 class Case:
@@ -106,16 +41,6 @@ class Case:
         self.pipe.__exit__()
 
 
-def every_place(act: Callable[[Tracer], object]) -> int:
-    """Run `act` with an interrupt at its first place, its second, ...; how many there were."""
-    for at in range(1, 1000):
-        tracer = Tracer(at)
-        act(tracer)
-        if not tracer.raised:
-            return at - 1
-    raise AssertionError("no end")
-
-
 def test_init_adopts_or_does_not() -> None:
     def act(tracer: Tracer) -> None:
         case = Case()
@@ -126,7 +51,7 @@ def test_init_adopts_or_does_not() -> None:
             case.fd.init(case.pipe.write)
         case.end()
 
-    assert every_place(act) >= 3
+    assert every_place(rc.__file__, act) >= 3
 
 
 def test_an_interrupted_constructor_has_closed_or_has_not_begun() -> None:
@@ -141,7 +66,7 @@ def test_an_interrupted_constructor_has_closed_or_has_not_begun() -> None:
             fd.close()
             assert pipe.ended()
 
-    assert every_place(act) >= 3
+    assert every_place(rc.__file__, act) >= 3
 
 
 def test_incref_leaves_no_token() -> None:
@@ -156,7 +81,7 @@ def test_incref_leaves_no_token() -> None:
         case.is_whole()
         case.end()
 
-    assert every_place(act) >= 2
+    assert every_place(rc.__file__, act) >= 2
 
 
 def test_incref_while_it_is_retired() -> None:
@@ -191,7 +116,7 @@ def test_incref_while_it_is_retired() -> None:
             act(tracer)
             acted |= tracer.acted
 
-        every_place(at_opcode)
+        every_place(rc.__file__, at_opcode)
         if not acted:
             assert when > 10
             return
@@ -217,7 +142,7 @@ def test_the_last_decref_closes(users: int) -> None:
         case.is_whole()
         case.end()
 
-    assert every_place(act) >= 8
+    assert every_place(rc.__file__, act) >= 8
 
 
 @pytest.mark.parametrize("way", ["retire", "close"])
@@ -234,7 +159,7 @@ def test_retire_and_close_do_all_or_nothing(way: str) -> None:
         assert case.told == [None] * (case.fd.closed and way == "retire")
         case.end()
 
-    assert every_place(act) >= 8
+    assert every_place(rc.__file__, act) >= 8
 
 
 def test_retire_with_a_reference_out() -> None:
@@ -252,7 +177,7 @@ def test_retire_with_a_reference_out() -> None:
         assert case.told == [None] * retired
         case.end()
 
-    assert every_place(act) >= 4
+    assert every_place(rc.__file__, act) >= 4
 
 
 def test_a_close_that_waits() -> None:
@@ -267,7 +192,7 @@ def test_a_close_that_waits() -> None:
         case.end()
         assert not case.fd._waiters
 
-    assert every_place(act) >= 8
+    assert every_place(rc.__file__, act) >= 8
 
 
 def test_detach_gives_it_away_or_keeps_it() -> None:
@@ -285,7 +210,7 @@ def test_detach_gives_it_away_or_keeps_it() -> None:
         assert case.pipe.ended()
         case.pipe.__exit__()
 
-    assert every_place(act) >= 3
+    assert every_place(rc.__file__, act) >= 3
 
 
 def test_the_finalizer() -> None:
@@ -300,7 +225,7 @@ def test_the_finalizer() -> None:
             assert case.pipe.ended()
         case.end()
 
-    assert every_place(act) >= 4
+    assert every_place(rc.__file__, act) >= 4
 
 
 def interrupted(rounds: int) -> int:
