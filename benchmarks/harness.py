@@ -195,7 +195,8 @@ def machine(cpu: int, policy: str) -> Result:
         "pinned_to": cpu,
         "policy": policy,
         "kernel": platform.release(),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()} "
+        f"({platform.python_compiler()})",
         "gil": getattr(sys, "_is_gil_enabled", lambda: True)(),
         "load": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
