@@ -277,7 +277,8 @@ def test_replace_retires_the_old_one(broker):
         assert not old.at_its_end()
         loan.close()
         wait_until(old.at_its_end, 1.0)
-        assert [entry.kind for entry in broker.entries()] == ["character device"]
+        # the worker has closed it, and is about to say so
+        wait_until(lambda: [one.kind for one in broker.entries()] == ["character device"])
 
 
 def test_a_wait_that_times_out_leaves_it_retired(broker, retirer):
