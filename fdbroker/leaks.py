@@ -196,7 +196,12 @@ class Openings:
     def of(self, number: int, link: str) -> list[Stack]:
         """Where descriptor `number`, of which /proc/self/fd says `link`, may have been opened."""
         if link.startswith("socket:"):
-            return [stack for sock, stack in self._sockets.items() if sock.fileno() == number]
+            sockets = [reference() for reference in self._sockets.keyrefs()]
+            return [
+                self._sockets[sock]
+                for sock in sockets
+                if sock is not None and sock.fileno() == number
+            ]
         path = link.removesuffix(" (deleted)")
         folder = os.path.dirname(path) if path != link else None
         stacks = [
@@ -228,8 +233,8 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
     openings = _listening
     if openings is None or event not in ("open", "socket.__new__"):
         return
-    # what a hook raises would be raised by the open itself, and that has reasons of its own to
-    # refuse: a path that is none, a working directory that is gone
+    # What a hook raises, the open itself would raise.  So what cannot be noted is not: the working
+    # directory is gone, the socket takes no weak reference, the event has another form.
     with contextlib.suppress(OSError, TypeError, ValueError):
         stack = _stack(sys._getframe().f_back)
         if event == "open":
