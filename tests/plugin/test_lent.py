@@ -144,13 +144,23 @@ def test_several(lent_socket_factory, lent_socket):
             assert who(connect(one.port)) == first
             assert who(connect(other.port)) == second
 
+@pytest.fixture(scope="session")
+def served(lent_socket_factory):
+    with lent_socket_factory() as lent, serving(lent.fd) as pid:
+        yield lent.port, pid
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_a_server_for_the_session(served, time):
+    port, pid = served
+    assert who(connect(port)) == pid
+
 def test_one_that_the_session_closes(lent_socket_factory, fd_leak_check):
     fd_leak_check.keep(lent_socket_factory())
 """
 
 
 def test_one_at_a_time(project: pytest.Pytester) -> None:
-    run(project, ONE).assert_outcomes(passed=ONE.count("\ndef test_") + 2)
+    run(project, ONE).assert_outcomes(passed=ONE.count("\ndef test_") + 3)  # with parameters
 
 
 MANY = f"""
