@@ -76,6 +76,7 @@ class LeakCheck:
         self._before: set[Identity] = set()
         self._kept: set[int] = set()
         self._openings = Openings()
+        self._outer: Openings | None = None  # of a check that this one is within
 
     def __enter__(self) -> LeakCheck:
         self._outer = _listen(self._openings)

@@ -149,8 +149,8 @@ def served(lent_socket_factory):
     with lent_socket_factory() as lent, serving(lent.fd) as pid:
         yield lent.port, pid
 
-@pytest.mark.parametrize("time", [1, 2])
-def test_a_server_for_the_session(served, time):
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_server_for_the_session(served, round):
     port, pid = served
     assert who(connect(port)) == pid
 
