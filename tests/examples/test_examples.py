@@ -51,15 +51,35 @@ def test_shared_array() -> None:
     assert out.count("  ok: ") == 6
 
 
+def test_exclusive_device() -> None:
+    out = run("exclusive_device.py")
+    assert "both had their turns, and their own answers: [100, 100]" in out
+    keeper = re.search(r"pid (\d+) keeps the port: firmware update$", out, re.M)
+    assert keeper is not None
+    told = rf'the other is told: "port" is busy after .* s: held by pid {keeper[1]} for .* s; try'
+    assert re.search(told, out)
+    assert f"pid {keeper[1]} is killed, and it has its turn" in out
+    assert out.count("  ok: ") == 5
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_is_short(name: str) -> None:
     assert len((EXAMPLES / name).read_text().splitlines()) < LINES
 
 
-def test_an_example_that_fails_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "said"),
+    [
+        ("pool_shared_file.py", "index * PART)", "index * PART + 1)", "SHA-256"),
+        ("exclusive_device.py", "OK {words}", "KO {words}", "both had their turns"),
+    ],
+)
+def test_an_example_that_fails_says_so(
+    tmp_path: Path, name: str, right: str, wrong: str, said: str
+) -> None:
     """One wrong byte, and the exit status is not 0."""
-    source = (EXAMPLES / "pool_shared_file.py").read_text()
-    broken = source.replace("index * PART)", "index * PART + 1)")
+    source = (EXAMPLES / name).read_text()
+    broken = source.replace(right, wrong)
     assert broken != source
     (tmp_path / "broken.py").write_text(broken)
     done = subprocess.run(
@@ -71,4 +91,4 @@ def test_an_example_that_fails_says_so(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 1
-    assert "FAILED: SHA-256" in done.stdout
+    assert f"FAILED: {said}" in done.stdout
