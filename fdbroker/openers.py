@@ -47,6 +47,11 @@ def make(how: str, what: str) -> int:
     return MAKERS[how](what)
 
 
+def check(how: str, what: str) -> None:
+    """Raise `BadResource` if `make` would find no meaning in the words; nothing is opened."""
+    READERS[how](what)
+
+
 def discard(how: str, fd: int) -> None:
     """Close what `make` made and nobody took; the path of a socket goes with it (unix(7))."""
     if how != "listen":
@@ -61,17 +66,32 @@ def discard(how: str, fd: int) -> None:
 
 def listen(address: str) -> int:
     """A listening socket, or with ``udp:`` a bound one; with SO_REUSEADDR (ip(7), socket(7))."""
+    kind, path, host, port = _read_address(address)
+    if path:
+        return _at_path(address, path, kind)
+    return _at_port(address, host, port, kind)
+
+
+def _read_address(address: str) -> tuple[int, str, str, int]:
+    """(type of socket, path, host, port): a path, or a host, which is empty for all addresses."""
     kind, rest = socket.SOCK_STREAM, address
     if address.startswith("udp:"):
         kind, rest = socket.SOCK_DGRAM, address.removeprefix("udp:")
     if rest.startswith("unix:"):
-        return _at_path(address, rest.removeprefix("unix:"), kind)
-    return _at_port(address, rest, kind)
+        path = rest.removeprefix("unix:")
+        if path in ("", "@") or "\0" in path:
+            raise BadResource("listen", address, "after unix: comes a path, or @ and a name")
+        return kind, path, "", 0
+    host, colon, port = rest.rpartition(":")
+    if _number(port, 2**16) is None:
+        raise BadResource("listen", address, "it ends with a port from 0 to 65535")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (":" in bare) != (bare != host) or "[" in bare or "]" in bare:
+        raise BadResource("listen", address, FORMS)
+    return kind, "", bare if colon else "127.0.0.1", int(port)
 
 
 def _at_path(address: str, path: str, kind: int) -> int:
-    if path in ("", "@") or "\0" in path:
-        raise BadResource("listen", address, "after unix: comes a path, or @ and a name")
     with socket.socket(socket.AF_UNIX, kind) as sock:
         if path.startswith("@"):
             _bind(sock, "\0" + path[1:], address)
@@ -136,21 +156,10 @@ def _remove_stale(path: str, kind: int) -> None:
                 os.unlink(path)
 
 
-def _at_port(address: str, rest: str, kind: int) -> int:
-    host, colon, port = rest.rpartition(":")
-    if _number(port, 2**16) is None:
-        raise BadResource("listen", address, "it ends with a port from 0 to 65535")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if (":" in bare) != (bare != host) or "[" in bare or "]" in bare:
-        raise BadResource("listen", address, FORMS)
-    dual = False
-    if bare or not colon:
-        bare = bare or "127.0.0.1"
-    elif dual := socket.has_dualstack_ipv6():  # all addresses, of both families
-        bare = "::"
-    else:
-        bare = "0.0.0.0"
-    family, _, protocol, _, where = _resolve(address, bare, int(port), kind)
+def _at_port(address: str, host: str, port: int, kind: int) -> int:
+    dual = not host and socket.has_dualstack_ipv6()  # all addresses, of both families
+    host = host or ("::" if dual else "0.0.0.0")
+    family, _, protocol, _, where = _resolve(address, host, port, kind)
     with socket.socket(family, kind, protocol) as sock:
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -178,11 +187,7 @@ def open_path(what: str) -> int:
     Never waits for the other end of a FIFO or the carrier of a serial line (open(2), O_NONBLOCK);
     the descriptor is a blocking one all the same.
     """
-    path, colon, mode = what.rpartition(":")
-    if not colon or mode not in MODES:
-        path, mode = what, "r"
-    if not path or "\0" in path:
-        raise BadResource("open", what, "it is PATH, or PATH:r, PATH:rw, PATH:a")
+    path, mode = _read_path(what)
     flags = MODES[mode] | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     place = os.path.abspath(path)
     if place.startswith("/dev/") and not place.startswith("/dev/shm/"):
@@ -196,27 +201,47 @@ def open_path(what: str) -> int:
     return fd
 
 
+def _read_path(what: str) -> tuple[str, str]:
+    """(path, mode)."""
+    path, colon, mode = what.rpartition(":")
+    if not colon or mode not in MODES:
+        path, mode = what, "r"
+    if not path or "\0" in path:
+        raise BadResource("open", what, "it is PATH, or PATH:r, PATH:rw, PATH:a")
+    return path, mode
+
+
 def memfd(size: str) -> int:
     """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2))."""
-    unit = UNITS.get(size[-1:], 1)
-    count = _number(size[:-1] if size[-1:] in UNITS else size, 2**63 // unit)
-    if count is None:
-        raise BadResource("memfd", size, "a size is bytes, or with K, M, G or T behind it")
+    count = _read_size(size)
     fd = os.memfd_create("fdbroker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, count * unit)
+        os.ftruncate(fd, count)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
+def _read_size(size: str) -> int:
+    """In bytes."""
+    unit = UNITS.get(size[-1:], 1)
+    count = _number(size[:-1] if size[-1:] in UNITS else size, 2**63 // unit)
+    if count is None:
+        raise BadResource("memfd", size, "a size is bytes, or with K, M, G or T behind it")
+    return count * unit
+
+
 def duplicate(number: str) -> int:
     """A dup of the open descriptor `number`, which stays as it is."""
+    return fcntl(_read_number(number), F_DUPFD_CLOEXEC, 3)
+
+
+def _read_number(number: str) -> int:
     fd = _number(number, 2**31)
     if fd is None:
         raise BadResource("fd", number, "it is the number of an open descriptor")
-    return fcntl(fd, F_DUPFD_CLOEXEC, 3)
+    return fd
 
 
 def _number(word: str, limit: int) -> int | None:
@@ -231,4 +256,11 @@ MAKERS: dict[str, Callable[[str], int]] = {
     "open": open_path,
     "memfd": memfd,
     "fd": duplicate,
+}
+
+READERS: dict[str, Callable[[str], object]] = {
+    "listen": _read_address,
+    "open": _read_path,
+    "memfd": _read_size,
+    "fd": _read_number,
 }

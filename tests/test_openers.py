@@ -475,6 +475,34 @@ def test_a_bad_word(how: str, word: str) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [(how, word) for how in BAD for word in BAD[how]],
+)
+def test_bad_words_are_known_before_anything_is_opened(how: str, word: str) -> None:
+    """All but what only the resolver and the kernel know: names of hosts, lengths of paths."""
+    try:
+        openers.check(how, word)
+    except BadResource as error:
+        assert error.data[:2] == (how, word)
+    else:
+        assert how == "listen"
+        assert "x" * 108 in word or not re.fullmatch(r"(\[[0-9a-f:]*\])?:?\d*", word)
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        *(("listen", "80"), ("listen", "udp:[::]:80"), ("listen", "unix:@a"), ("listen", ":80")),
+        *(("open", "/none/a:rw"), ("memfd", "16M"), ("fd", "1000")),
+    ],
+)
+def test_good_words_open_nothing_when_checked(how: str, word: str) -> None:
+    before = open_files()
+    openers.check(how, word)
+    assert open_files() == before
+
+
 def test_what_cannot_be_listened_at_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
