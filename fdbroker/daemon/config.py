@@ -91,8 +91,10 @@ def read(path: str) -> Config:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(path, line, "this is no UTF-8: save it as that") from None
-    except ValueError as error:  # TOMLDecodeError, and that of an integer too long
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, *_place(str(error), text)) from None
+    except ValueError:  # int() has a limit (sys.set_int_max_str_digits)
+        raise ConfigError(path, 0, "a number has too many digits: write a shorter one") from None
     except RecursionError:
         raise ConfigError(path, 0, "it is nested too deeply: use plain tables") from None
     except Mistake as mistake:
@@ -101,7 +103,7 @@ def read(path: str) -> Config:
 
 
 def _place(said: str, text: str) -> tuple[int, str]:
-    """(line, reason) of what tomllib said, whose text mostly ends with where it is."""
+    """(line, reason) of a TOMLDecodeError, whose text ends with where it is."""
     found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", said)
     if found is None:
         return 0, _printable(said)

@@ -94,13 +94,15 @@ def serve(
         sessions = min(_raise_file_limit(), SESSIONS)
         listener = _listener(address or settings.socket, settings, bound)
         server = _server(listener, sessions)
-        stack.callback(server.close)
-        entries += open_all(resource for resource in resources if resource.how != "fd")
         reloader = Resources(server, config_path, manager)
-        reloader.start(entries, read)
-        if drain_seconds is None:
-            drain_seconds = DRAIN_SECONDS if settings.drain is None else settings.drain
-        with _signals(server, drain_seconds, reloader, manager):
+        with contextlib.ExitStack() as closing:
+            closing.callback(server.close)
+            entries += open_all(resource for resource in resources if resource.how != "fd")
+            reloader.start(entries, read)
+            if drain_seconds is None:
+                drain_seconds = DRAIN_SECONDS if settings.drain is None else settings.drain
+            # entered in the outer one: another signal must not cut the closing short
+            stack.enter_context(_signals(server, drain_seconds, reloader, manager))
             if owner_fd is not None:
                 _watch_owner(server, owner_fd)
             log.info("event=ready address=%s pid=%d", listener.address, os.getpid())
