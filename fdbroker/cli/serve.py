@@ -32,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "  fdbroker serve --config /etc/fdbroker/fdbroker.toml\n"
         "  fdbroker serve --config fdbroker.toml --check"
     )
+    parser.set_defaults(misuse=parser.error)
     parser.add_argument(
         "--socket", metavar="PATH", help="where to listen (default: see the README)"
     )
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     """Serve until drained."""
     resources = _resources(options)
     if options.check:
+        if options.config is None:
+            options.misuse("--check takes --config FILE too")
         return _check(options.config)
 
     from fdbroker.daemon import log
@@ -63,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     # for good: what is said from the background, to the last line, must not stop the process
     # (termios(3), TOSTOP)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can be acted upon
     with log.to_stderr(verbose=options.verbose):
         serve(
             options.socket,
@@ -75,10 +79,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(path: str | None) -> int:
-    if path is None:
-        raise BadResource("--check", "", "it looks at a configuration: give --config FILE too")
-
+def _check(path: str) -> int:
+    """Say what is in the file, or what is wrong with it."""
     from fdbroker.daemon.config import read
 
     config = read(path)

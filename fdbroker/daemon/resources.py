@@ -173,12 +173,13 @@ class Resources:
 
     def status(self) -> str:
         """For people."""
-        return f"serving {len(self._server.lender.names)} entries"
+        count = len(self._server.lender.names)
+        return f"serving {count} {'entry' if count == 1 else 'entries'}"
 
     def reload(self) -> None:
         """Read the file anew, and act upon it as soon as all of it is there."""
         if self._path is None:
-            log.warning('event=reload-ignored reason="there is no --config to read anew"')
+            log.info('event=reload-ignored reason="there is no --config to read anew"')
         elif self._reloading:
             self._again = True
         elif not self._server.draining:

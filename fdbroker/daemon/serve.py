@@ -84,7 +84,7 @@ def serve(
             stack.callback(_remove_folder, address)
         for option, number in (("--ready-fd", ready_fd), ("--owner-fd", owner_fd)):
             _check_open(option, number)
-        manager = Manager()
+        manager = Manager(ours=owner_fd is None)
         handed = take_handed_over()
         read = Config() if config_path is None else config.read(config_path)
         settings = read.settings

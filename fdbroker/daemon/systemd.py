@@ -32,8 +32,8 @@ class Handed(NamedTuple):
 def take_handed_over() -> list[Handed]:
     """The descriptors that were handed over to this process, from now on close-on-exec.
 
-    One without a name is called after its number: ``fd3``.  Raises `BadResource` for what is no
-    count, OSError if there are not as many.
+    One without a name is called after its number: ``fd3``.  `BadResource` if that is no count, or
+    there are not as many.
     """
     pid, count, names = (os.environ.pop(f"LISTEN_{what}", "") for what in ("PID", "FDS", "FDNAMES"))
     os.environ.pop("LISTEN_PIDFDID", None)
@@ -45,7 +45,11 @@ def take_handed_over() -> list[Handed]:
     called += [""] * (int(count) - len(called))
     found = []
     for number, name in zip(range(FIRST, FIRST + int(count)), called, strict=False):
-        os.set_inheritable(number, False)
+        try:
+            os.set_inheritable(number, False)
+        except OSError:
+            reason = f"descriptor {number} is not open here, it was not handed over"
+            raise BadResource("LISTEN_FDS", count, reason) from None
         found.append(Handed(f"fd{number}" if name in UNNAMED else name, number))
     return found
 
@@ -90,10 +94,14 @@ def _path_served_at(number: int) -> str | None:
 
 
 class Manager:
-    """Who started us, if it wants to know how we are.  Telling it never fails."""
+    """Who started us, if it wants to know how we are.  Telling it never fails.
 
-    def __init__(self) -> None:
-        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+    ours: False for a private broker, whose owner has the same environment and speaks for itself.
+    """
+
+    def __init__(self, *, ours: bool = True) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._address = address if ours else ""
 
     def ready(self, status: str) -> None:
         """Clients can connect; or a reload is over.  `status` is a line for people."""

@@ -124,3 +124,11 @@ def wait_for_newline(number: int) -> None:
     """Raise if the pipe ends before one came."""
     assert select.select([number], [], [], PATIENCE)[0], "it is not ready"
     assert os.read(number, 1) == b"\n", "it ended before it was ready"
+
+
+def open_for_writing(fifo: Path) -> int | None:
+    """Its number, once somebody reads."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None

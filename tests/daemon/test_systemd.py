@@ -23,6 +23,8 @@ from support import Peer, wait_until
 
 import fdbroker
 
+from .kit import open_for_writing
+
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
 ABOVE = [parent / "shared" / "systemd-rig" / "rig" for parent in ROOT.parents]
@@ -103,7 +105,9 @@ class Rig:
     def start(self) -> None:
         with open(self.folder / "starting", "w") as log:
             command = [self._script, "start", str(self.folder)]
-            status = subprocess.run(command, stdout=log, stderr=log, timeout=60).returncode
+            status = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=60
+            ).returncode
         assert status == 0, (self.folder / "starting").read_text()
         self._root = f"/proc/{(self.folder / 'leader').read_text().strip()}/root"
 
@@ -160,7 +164,7 @@ def rig(booted: Rig) -> Iterator[Rig]:
     units = ["fdbroker.socket", "web.socket", "api.socket", "fdbroker.service"]
     booted.systemctl("stop", *units, check=False)
     booted.systemctl("reset-failed", check=False)
-    for name in ("web.socket", "api.socket", "fdbroker.service.d/sockets.conf"):
+    for name in ("web.socket", "api.socket"):
         (booted.folder / "units" / name).unlink(missing_ok=True)
     booted.systemctl("daemon-reload")
 
@@ -189,7 +193,7 @@ def test_who_connects_starts_it(rig):
         with client.borrow("memory") as loan:
             assert os.fstat(loan.fileno()).st_size == 4096
     assert is_active(rig)
-    assert rig.show("fdbroker.service", "StatusText") == "serving 1 entries"
+    assert rig.show("fdbroker.service", "StatusText") == "serving 1 entry"
     assert rig.inside("stat", "-c", "%a", "/run/fdbroker/broker.sock").strip() == "600"
 
 
@@ -200,14 +204,6 @@ def test_it_is_confined_as_the_unit_says(rig):
     for name in ("CapBnd", "CapEff", "CapPrm"):
         assert int(fields[name], 16) == 1 << CAP_NET_BIND_SERVICE
     assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
-
-
-def open_for_writing(fifo: Path) -> int | None:
-    """Its number, once somebody reads."""
-    try:
-        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:
-        return None
 
 
 def test_it_is_active_when_it_is_ready_and_not_before(rig):
@@ -329,9 +325,6 @@ def test_sockets_that_are_handed_over_are_entries_by_name(rig):
         ListenStream=/run/api.sock
         Service=fdbroker.service
         """,
-    )
-    (rig.folder / "units/fdbroker.service.d/sockets.conf").write_text(
-        "[Service]\nSockets=fdbroker.socket web.socket api.socket\n"
     )
     rig.systemctl("daemon-reload")
     rig.systemctl("start", "web.socket", "api.socket")
