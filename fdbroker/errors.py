@@ -380,6 +380,19 @@ class BadResource(FDBrokerError, ValueError):
     says = "{self.how} {self.what!r}: {self.reason}"
 
 
+class ConfigError(FDBrokerError, ValueError):
+    """The configuration file has a mistake in `line`, or as a whole: then that is 0."""
+
+    code = 49
+    path: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        place = f"{self.path}:{self.line}" if self.line else self.path
+        return f"{place}: {self.reason}"
+
+
 # --- the wire --------------------------------------------------------------------------------
 
 

@@ -5,12 +5,13 @@ What ``fdbroker serve``, ``put`` and ``exec`` take as options and ``fdbroker.tom
     listen   ``8000`` (on 127.0.0.1), ``:8000`` (on all addresses), ``127.0.0.1:8000``,
              ``[::]:8000``, ``localhost:8000``, ``unix:/path``, ``unix:@name`` (abstract);
              ``udp:`` before one of those: a bound datagram socket
-    open     ``PATH``, ``PATH:r``, ``PATH:rw``, ``PATH:a`` (made if there is none but for ``r``)
+    open     ``PATH``, ``PATH:r``, ``PATH:rw``, ``PATH:a`` (made if there is none but for ``r``,
+             and but for devices: what is missing below /dev is not made as a file there)
     memfd    a size: ``4096``, ``64K``, ``16M``, ``1G``
     fd       the number of a descriptor that is open already; it is dup'ed
 
 Each function returns a number that is the caller's to close, close-on-exec.  All raise OSError
-with the system's reason, and `BadResource` for words that mean nothing.
+with the system's reason, and `BadResource` for words that mean nothing; nothing is left then.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Callable
-from fcntl import F_DUPFD_CLOEXEC, fcntl
+from collections.abc import Callable, Iterator
+from fcntl import F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, LOCK_EX, LOCK_NB, fcntl, flock
+from time import monotonic, sleep
 
 from fdbroker.errors import BadResource
+
+TYPE_CHECKING = False  # `typing` costs more to import than this module
+if TYPE_CHECKING:
+    from typing import Any
 
 MODES = {
     "r": os.O_RDONLY,
@@ -30,6 +36,10 @@ MODES = {
     "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
 }
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+FORMS = (
+    "it is PORT, :PORT, HOST:PORT, [IPV6]:PORT, unix:PATH or unix:@NAME, or udp: and one of them"
+)
+TURN_SECONDS = 1.0  # for another to bind and listen: it needs microseconds
 
 
 def make(how: str, what: str) -> int:
@@ -37,40 +47,100 @@ def make(how: str, what: str) -> int:
     return MAKERS[how](what)
 
 
+def check(how: str, what: str) -> None:
+    """Raise `BadResource` if `make` would find no meaning in the words; nothing is opened."""
+    READERS[how](what)
+
+
+def discard(how: str, fd: int) -> None:
+    """Close what `make` made and nobody took; the path of a socket goes with it (unix(7))."""
+    if how != "listen":
+        os.close(fd)
+        return
+    with socket.socket(fileno=fd) as sock:
+        name = sock.getsockname() if sock.family == socket.AF_UNIX else b""
+        if isinstance(name, str) and name:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+
+
 def listen(address: str) -> int:
     """A listening socket, or with ``udp:`` a bound one; with SO_REUSEADDR (ip(7), socket(7))."""
+    kind, path, host, port = _read_address(address)
+    if path:
+        return _at_path(address, path, kind)
+    return _at_port(address, host, port, kind)
+
+
+def _read_address(address: str) -> tuple[int, str, str, int]:
+    """(type of socket, path, host, port): a path, or a host, which is empty for all addresses."""
     kind, rest = socket.SOCK_STREAM, address
     if address.startswith("udp:"):
         kind, rest = socket.SOCK_DGRAM, address.removeprefix("udp:")
     if rest.startswith("unix:"):
-        sock = _bound_to_path(address, rest.removeprefix("unix:"), kind)
-    else:
-        sock = _bound_to_port(address, rest, kind)
-    try:
-        if kind == socket.SOCK_STREAM:
-            sock.listen(socket.SOMAXCONN)
-        return sock.detach()
-    finally:
-        sock.close()
+        path = rest.removeprefix("unix:")
+        if path in ("", "@") or "\0" in path:
+            raise BadResource("listen", address, "after unix: comes a path, or @ and a name")
+        return kind, path, "", 0
+    host, colon, port = rest.rpartition(":")
+    if _number(port, 2**16) is None:
+        raise BadResource("listen", address, "it ends with a port from 0 to 65535")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if (":" in bare) != (bare != host) or "[" in bare or "]" in bare:
+        raise BadResource("listen", address, FORMS)
+    return kind, "", bare if colon else "127.0.0.1", int(port)
 
 
-def _bound_to_path(address: str, path: str, kind: int) -> socket.socket:
-    if not path or "\0" in path:
-        raise BadResource("listen", address, "after unix: comes a path")
-    sock = socket.socket(socket.AF_UNIX, kind)
-    try:
-        if not path.startswith("@"):
+def _at_path(address: str, path: str, kind: int) -> int:
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        if path.startswith("@"):
+            _bind(sock, "\0" + path[1:], address)
+            _listen(sock)
+            return sock.detach()
+        with _turn_in(os.path.dirname(path) or "."):
             _remove_stale(path, kind)
-        try:
-            sock.bind("\0" + path[1:] if path.startswith("@") else path)
-        except OSError as error:
-            if error.errno is None:  # Python's own: the path is too long
-                raise BadResource("listen", address, str(error)) from None
-            raise
-    except BaseException:
-        sock.close()
+            _bind(sock, path, address)
+            try:
+                _listen(sock)
+            except BaseException:
+                os.unlink(path)
+                raise
+        return sock.detach()
+
+
+def _bind(sock: socket.socket, path: str, address: str) -> None:
+    try:
+        sock.bind(path)
+    except OSError as error:
+        if error.errno is None:  # Python's own: the path is too long
+            raise BadResource("listen", address, "the path is too long (unix(7))") from None
         raise
-    return sock
+
+
+def _listen(sock: socket.socket) -> None:
+    if sock.type == socket.SOCK_STREAM:
+        sock.listen(socket.SOMAXCONN)
+
+
+@contextlib.contextmanager
+def _turn_in(folder: str) -> Iterator[None]:
+    """One at a time binds in `folder`: a socket that does not listen yet looks like a stale one.
+
+    The lock is on the folder itself (flock(2)), so nothing is left.  Others may hold it for
+    reasons of their own, or it cannot be had there: then it is done without.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, place)
+            deadline = monotonic() + TURN_SECONDS
+            while monotonic() < deadline:
+                try:
+                    flock(place, LOCK_EX | LOCK_NB)
+                    break
+                except BlockingIOError:
+                    sleep(0.002)
+        yield
 
 
 def _remove_stale(path: str, kind: int) -> None:
@@ -86,63 +156,99 @@ def _remove_stale(path: str, kind: int) -> None:
                 os.unlink(path)
 
 
-def _bound_to_port(address: str, rest: str, kind: int) -> socket.socket:
-    host, colon, port = rest.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise BadResource("listen", address, "it ends with a port from 0 to 65535")
-    if not host and colon and socket.has_dualstack_ipv6():  # all addresses, of both families
-        host, dual = "::", True
-    else:
-        host, dual = host or ("0.0.0.0" if colon else "127.0.0.1"), False
-    try:
-        found = socket.getaddrinfo(host, int(port), type=kind, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise BadResource("listen", address, (error.strerror or "unknown").lower()) from None
-    family, _, protocol, _, where = found[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
+def _at_port(address: str, host: str, port: int, kind: int) -> int:
+    dual = not host and socket.has_dualstack_ipv6()  # all addresses, of both families
+    host = host or ("::" if dual else "0.0.0.0")
+    family, _, protocol, _, where = _resolve(address, host, port, kind)
+    with socket.socket(family, kind, protocol) as sock:
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if dual:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(where)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        _listen(sock)
+        return sock.detach()
+
+
+def _resolve(address: str, host: str, port: int, kind: int) -> tuple[int, int, int, str, Any]:
+    """The first that getaddrinfo(3) finds."""
+    try:
+        return socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        reason = (error.strerror or "unknown").lower()
+    except ValueError:  # no text that could be a host's: a label too long, a NUL
+        reason = "that cannot be the name of a host"
+    raise BadResource("listen", address, reason)
 
 
 def open_path(what: str) -> int:
-    """The file at ``PATH[:r|rw|a]``; a path that itself ends like that is given its mode too."""
-    path, colon, mode = what.rpartition(":")
-    if not colon or mode not in MODES:
-        path, mode = what, "r"
-    if not path or "\0" in path:
-        raise BadResource("open", what, "it is PATH, or PATH:r, PATH:rw, PATH:a")
-    return os.open(path, MODES[mode] | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+    """The file at ``PATH[:r|rw|a]``; a path that itself ends like that is given its mode too.
 
-
-def memfd(size: str) -> int:
-    """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2))."""
-    digits = size.rstrip("".join(UNITS))
-    unit = UNITS.get(size[len(digits) :], 1 if digits == size else 0)
-    if not (digits.isascii() and digits.isdigit() and unit and int(digits) * unit < 2**63):
-        raise BadResource("memfd", size, "a size is bytes, or with K, M, G or T behind it")
-    fd = os.memfd_create("fdbroker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    Never waits for the other end of a FIFO or the carrier of a serial line (open(2), O_NONBLOCK);
+    the descriptor is a blocking one all the same.
+    """
+    path, mode = _read_path(what)
+    flags = MODES[mode] | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    place = os.path.abspath(path)
+    if place.startswith("/dev/") and not place.startswith("/dev/shm/"):
+        flags &= ~os.O_CREAT  # a device that is unplugged must not become a file
+    fd = os.open(path, flags, 0o666)
     try:
-        os.ftruncate(fd, int(digits) * unit)
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~os.O_NONBLOCK)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
+def _read_path(what: str) -> tuple[str, str]:
+    """(path, mode)."""
+    path, colon, mode = what.rpartition(":")
+    if not colon or mode not in MODES:
+        path, mode = what, "r"
+    if not path or "\0" in path:
+        raise BadResource("open", what, "it is PATH, or PATH:r, PATH:rw, PATH:a")
+    return path, mode
+
+
+def memfd(size: str) -> int:
+    """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2))."""
+    count = _read_size(size)
+    fd = os.memfd_create("fdbroker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, count)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _read_size(size: str) -> int:
+    """In bytes."""
+    unit = UNITS.get(size[-1:], 1)
+    count = _number(size[:-1] if size[-1:] in UNITS else size, 2**63 // unit)
+    if count is None:
+        raise BadResource("memfd", size, "a size is bytes, or with K, M, G or T behind it")
+    return count * unit
+
+
 def duplicate(number: str) -> int:
     """A dup of the open descriptor `number`, which stays as it is."""
-    if not (number.isascii() and number.isdigit() and int(number) < 2**31):
+    return fcntl(_read_number(number), F_DUPFD_CLOEXEC, 3)
+
+
+def _read_number(number: str) -> int:
+    fd = _number(number, 2**31)
+    if fd is None:
         raise BadResource("fd", number, "it is the number of an open descriptor")
-    return fcntl(int(number), F_DUPFD_CLOEXEC, 3)
+    return fd
+
+
+def _number(word: str, limit: int) -> int | None:
+    """What the decimal digits of `word` say, if that is below `limit`."""
+    if word.isascii() and word.isdigit() and len(word) < 20 and int(word) < limit:
+        return int(word)
+    return None
 
 
 MAKERS: dict[str, Callable[[str], int]] = {
@@ -150,4 +256,11 @@ MAKERS: dict[str, Callable[[str], int]] = {
     "open": open_path,
     "memfd": memfd,
     "fd": duplicate,
+}
+
+READERS: dict[str, Callable[[str], object]] = {
+    "listen": _read_address,
+    "open": _read_path,
+    "memfd": _read_size,
+    "fd": _read_number,
 }

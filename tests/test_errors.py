@@ -416,6 +416,14 @@ def bad_resource(address: str) -> None:
     openers.make("memfd", "much")
 
 
+@raises(errors.ConfigError)
+def misconfigure(_: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write("[entry.web]\nlisten = 'http'\n")
+        file.flush()
+        serve(config_path=file.name)
+
+
 # --- the wire --------------------------------------------------------------------------------
 
 

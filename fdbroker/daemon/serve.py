@@ -1,6 +1,12 @@
 """The broker process: a server with its books, its signals, and the process it belongs to.
 
-SIGTERM and SIGINT drain it with a deadline; a second one stops it now.  A private broker has an
+SIGTERM and SIGINT drain it with a deadline; a second one stops it now.  SIGHUP has it read its
+configuration anew, if it has one, and never ends it: a terminal may be gone before its users are.
+
+What was handed over, by a service manager or by number, is taken first, while every other number
+is still free: so none of our own can be mistaken for it.
+
+A private broker has an
 owner, whose end it is told by a pidfd (a pipe would live on in a forked worker): it then drains
 without a deadline, lends nothing more, and is gone with the last loan.
 """
@@ -16,64 +22,147 @@ import signal
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from fdbroker.ipc.listener import Listener
+from fdbroker.daemon import config
+from fdbroker.daemon.config import Config
+from fdbroker.daemon.resources import (
+    Resources,
+    adopt_handed_over,
+    adopt_numbers,
+    check_names,
+    discard_all,
+    open_all,
+)
+from fdbroker.daemon.systemd import Manager, take_handed_over, take_own
+from fdbroker.errors import BadResource
+from fdbroker.ipc.address import default_address
+from fdbroker.ipc.listener import PRIVATE, Listener
 from fdbroker.ipc.server import Server
 from fdbroker.lender import Ledger, Lender
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from socket import socket
     from types import FrameType
+
+    from fdbroker.daemon.config import Resource, Settings
+    from fdbroker.daemon.resources import Opened
+    from fdbroker.daemon.systemd import Handed
 
 SESSIONS = 1_048_576  # room in the ledger; pages that are never written take no memory
 ENTRIES = 131_072
 CELLS = 262_144
 NR_OPEN = 1_048_576  # fs.nr_open as it is if nobody has set it (proc_sys_fs(5))
 DRAIN_SECONDS = 10.0
+GROUP_TOO = 0o660  # the socket's mode where only its group was said
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger("fdbroker")
 
 
 def serve(
-    address: str,
+    address: str | None = None,
     *,
+    config_path: str | None = None,
+    resources: Sequence[Resource] = (),
     ready_fd: int | None = None,
     owner_fd: int | None = None,
-    drain_seconds: float = DRAIN_SECONDS,
+    drain_seconds: float | None = None,
 ) -> None:
     """Serve at `address` until drained.
 
-    ready_fd: a newline is written to it when clients can connect; then it is closed.
+    address: a path; None: what the configuration says, else the default one.
+    config_path: the file to read at the start, and at each SIGHUP.
+    resources: entries beside those of the file; descriptors that are given by number are taken
+    over.  ready_fd: a newline is written to it when clients can connect; then it is closed.
     owner_fd: the pidfd of the process it belongs to; the folder of `address` is private then, and
     goes with the broker, since its owner may have been killed.
-    Raises `AlreadyServing`, `BadAddress`, OSError.
+    drain_seconds: None: what the configuration says, else `DRAIN_SECONDS`.
+    Raises `AlreadyServing`, `BadAddress`, `BadResource`, `BadName`, `ConfigError`, OSError.
     """
-    with contextlib.ExitStack() as private:
-        if owner_fd is not None:
-            private.callback(_remove_folder, address)
-        _serve(address, ready_fd, owner_fd, drain_seconds)
-
-
-def _serve(address: str, ready_fd: int | None, owner_fd: int | None, drain_seconds: float) -> None:
-    sessions = min(_raise_file_limit(), SESSIONS)
-    buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
-    lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
-    listener = Listener(address)
-    try:
-        server = Server(listener, lender)
-    except BaseException:
-        listener.close()
-        raise
-    try:
-        with _signals(server, drain_seconds):
+    with contextlib.ExitStack() as stack:
+        if owner_fd is not None and address is not None:
+            stack.callback(_remove_folder, address)
+        for option, number in (("--ready-fd", ready_fd), ("--owner-fd", owner_fd)):
+            _check_open(option, number)
+        manager = Manager(ours=owner_fd is None)
+        handed = take_handed_over()
+        read = Config() if config_path is None else config.read(config_path)
+        settings = read.settings
+        bound = take_own(handed, address or settings.socket)
+        check_names([one.name for group in (handed, resources, read.entries) for one in group])
+        entries = stack.enter_context(_inherited(handed, resources, {ready_fd, owner_fd}))
+        sessions = min(_raise_file_limit(), SESSIONS)
+        listener = _listener(address or settings.socket, settings, bound)
+        server = _server(listener, sessions)
+        reloader = Resources(server, config_path, manager)
+        with contextlib.ExitStack() as closing:
+            closing.callback(server.close)
+            entries += open_all(resource for resource in resources if resource.how != "fd")
+            reloader.start(entries, read)
+            if drain_seconds is None:
+                drain_seconds = DRAIN_SECONDS if settings.drain is None else settings.drain
+            # entered in the outer one: another signal must not cut the closing short
+            stack.enter_context(_signals(server, drain_seconds, reloader, manager))
             if owner_fd is not None:
                 _watch_owner(server, owner_fd)
-            log.info("event=ready address=%s pid=%d", address, os.getpid())
+            log.info("event=ready address=%s pid=%d", listener.address, os.getpid())
+            manager.ready(reloader.status())
             if ready_fd is not None:
                 os.write(ready_fd, b"\n")
                 os.close(ready_fd)
             server.run()
+
+
+def _check_open(option: str, number: int | None) -> None:
+    """`BadResource` if there is no such descriptor: later it might be one of our own."""
+    if number is None:
+        return
+    try:
+        os.fstat(number)
+    except (OSError, OverflowError):
+        reason = "no such descriptor is open here, let it be inherited"
+        raise BadResource(option, str(number), reason) from None
+
+
+@contextlib.contextmanager
+def _inherited(
+    handed: list[Handed], resources: Sequence[Resource], keep: set[int | None]
+) -> Iterator[list[Opened]]:
+    """What is to be an entry and is open already; what nobody took of it is closed at the end."""
+    numbers = [resource for resource in resources if resource.how == "fd"]
+    opened = adopt_numbers(numbers, {2, *keep, *(one.number for one in handed)})
+    try:
+        opened += adopt_handed_over(handed)
+        yield opened
     finally:
-        server.close()
+        discard_all(opened)
+
+
+def _listener(address: str | None, settings: Settings, bound: socket | None) -> Listener:
+    if bound is None:
+        mode, group = settings.mode, settings.group
+        if mode is None:
+            mode = PRIVATE if group is None else GROUP_TOO
+        return Listener(address or default_address(), mode=mode, group=group)
+    if settings.mode is not None or settings.group is not None:
+        log.warning(
+            'event=ignored setting="mode, group" reason="the service manager made the socket: '
+            'use its SocketMode=, SocketGroup="'
+        )
+    try:
+        return Listener(bound.getsockname(), bound=bound)
+    except BaseException:
+        bound.close()
+        raise
+
+
+def _server(listener: Listener, sessions: int) -> Server:
+    try:
+        buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
+        return Server(listener, Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS)))
+    except BaseException:
+        listener.close()
+        raise
 
 
 def _raise_file_limit() -> int:
@@ -121,8 +210,10 @@ def _remove_folder(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals(server: Server, drain_seconds: float) -> Iterator[None]:
-    """SIGTERM and SIGINT wake the loop, which then drains; nothing is ever raised in it.
+def _signals(
+    server: Server, drain_seconds: float, resources: Resources, manager: Manager
+) -> Iterator[None]:
+    """Signals wake the loop, which then drains or reloads; nothing is ever raised in it.
 
     The loop is woken from within the C handler.  One in Python would run too late for a signal
     that comes just before the loop waits (signal.set_wakeup_fd).
@@ -130,13 +221,17 @@ def _signals(server: Server, drain_seconds: float) -> Iterator[None]:
     arrived, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     deadlines = chain([drain_seconds], repeat(0.0))
 
-    def drain(about: None, events: int) -> None:
-        for _ in os.read(arrived, 64):  # a byte for each signal
-            server.drain(next(deadlines))
+    def act(about: None, events: int) -> None:
+        for number in os.read(arrived, 64):  # a byte for each signal
+            if number == signal.SIGHUP:
+                resources.reload()
+            else:
+                manager.stopping("waiting for loans")
+                server.drain(next(deadlines))
 
-    server.watch(arrived, drain)
+    server.watch(arrived, act)
     before_tell = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, _noted) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _noted) for number in SIGNALS}
     try:
         yield
     finally:

@@ -61,6 +61,8 @@ class EntryInfo(NamedTuple):
     """Who put it."""
     since: float
     """When, in seconds since the epoch."""
+    retired: bool
+    """It takes no new borrow, and closes with its last return; its name is free."""
 
 
 class LoanInfo(NamedTuple):
@@ -75,6 +77,8 @@ class LoanInfo(NamedTuple):
     since: float
     exclusive: bool
     purpose: str
+    generation: int
+    """Of the entry: one that is retired and the one that replaced it have the same name."""
 
     @property
     def process(self) -> str:
@@ -242,10 +246,11 @@ class Client:
         while True:
             cursor, rows = self._request(ENTRIES, cursor, pages=True)
             for row in rows:
-                name, kind, where, generation, loans, waiting, uid, since = EntryRow(*row)
+                name, kind, where, generation, loans, waiting, uid, since, retired = EntryRow(*row)
                 yield EntryInfo(
                     *(name, Kind(kind).label, where, generation, loans, waiting, uid),
                     since=since_boot + since / 1e9,
+                    retired=retired,
                 )
             if not cursor:
                 return

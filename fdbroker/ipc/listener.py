@@ -6,11 +6,15 @@ be had belongs to nobody, and a socket found there is stale.  Nothing but a sock
 Who can rename in the folder can put another socket in the broker's place, and is then sent what
 was meant for it.  So the folder is its own uid's or root's, and nobody else may write to it, but
 in a sticky one, where only the owner of a file can rename it (inode(7)).
+
+A service manager may have bound the socket already, and keep it when the broker ends: then it is
+taken as it is, mode, group and all, and its file stays.  The lock is needed all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import stat
@@ -20,31 +24,51 @@ from fdbroker.errors import AlreadyServing, BadAddress
 from fdbroker.ipc.address import check_path
 
 BACKLOG = 1024
+PRIVATE = 0o600
+
+log = logging.getLogger("fdbroker")
 
 
 class Listener:
     """Listens at the path `address`, whose folder is made if there is none.
 
+    mode, group: of the socket.  Who may write to it can connect, if the folder lets them through:
+    a folder that is made here does, another one is left as it is.
+    bound: a listening socket of that address, to be taken over; if this raises, it has not been.
+
     Raises `AlreadyServing` if another process has the lock; `BadAddress` if there is something
     else than a socket, or if others could replace the socket; OSError.
     """
 
-    def __init__(self, address: str) -> None:
-        check_path(address)
-        folder = os.path.dirname(address)
-        if folder:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        _check_folder(address, folder or ".")
-        _check_place(address)  # now, too: a mistyped path shall get no lock file beside it
+    def __init__(
+        self,
+        address: str,
+        *,
+        mode: int = PRIVATE,
+        group: int | None = None,
+        bound: socket.socket | None = None,
+    ) -> None:
         self.address = address
+        self._file: os.stat_result | None = None  # the socket's, if it is ours to unlink
+        check_path(address)
+        folder = os.path.dirname(address) or "."
+        _make_folder(folder, mode, group)
+        _check_folder(address, folder)
+        _check_place(address)  # now, too: a mistyped path shall get no lock file beside it
+        _check_reach(folder, mode)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._lock = os.open(address + ".lock", flags, 0o600)
         try:
             self._take_lock()
+            if bound is not None:
+                bound.setblocking(False)
+                self.sock = bound
+                return
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             try:
-                self._bind()
+                self._bind(mode, group)
             except BaseException:
+                self._unlink()
                 self.sock.close()
                 raise
         except BaseException:
@@ -57,7 +81,7 @@ class Listener:
         except BlockingIOError:
             raise AlreadyServing(self.address) from None
 
-    def _bind(self) -> None:
+    def _bind(self, mode: int, group: int | None) -> None:
         if _check_place(self.address):
             os.unlink(self.address)  # stale: we have the lock
         mask = os.umask(0o177)
@@ -65,8 +89,12 @@ class Listener:
             self.sock.bind(self.address)
         finally:
             os.umask(mask)
-        self.sock.listen(BACKLOG)
         self._file = os.lstat(self.address)
+        if group is not None:
+            os.chown(self.address, -1, group)
+        if mode != PRIVATE:
+            os.chmod(self.address, mode)
+        self.sock.listen(BACKLOG)
 
     def accept(self) -> socket.socket | None:
         """A new connection, if one is still there."""
@@ -81,11 +109,37 @@ class Listener:
 
         The lock's own file stays: to unlink it would let two others each lock a file of that name.
         """
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.lstat(self.address), self._file):
-                os.unlink(self.address)
+        self._unlink()
         self.sock.close()
         os.close(self._lock)
+
+    def _unlink(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self._file and os.path.samestat(os.lstat(self.address), self._file):
+                os.unlink(self.address)
+
+
+def _make_folder(folder: str, mode: int, group: int | None) -> None:
+    """Make it if there is none, so that those for whom the socket's mode is get through it."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(folder, mode=0o700)
+        if mode & 0o006:
+            os.chmod(folder, 0o711)
+        elif mode & 0o060:
+            if group is not None:
+                os.chown(folder, -1, group)
+            os.chmod(folder, 0o710)
+
+
+def _check_reach(folder: str, mode: int) -> None:
+    """Say so if `mode` lets others connect, and the folder does not."""
+    found = stat.S_IMODE(os.stat(folder).st_mode)
+    if (mode & 0o060 and not found & 0o011) or (mode & 0o006 and not found & 0o001):
+        log.warning(
+            "event=out-of-reach folder=%r mode=%04o socket-mode=%04o "
+            'note="chmod the folder, so that others get to the socket"',
+            *(folder, found, mode),
+        )
 
 
 def _check_folder(address: str, folder: str) -> None:

@@ -161,6 +161,7 @@ class EntryRow(NamedTuple):
     waiting: int
     uid: int
     since: int
+    retired: bool
 
 
 class LoanRow(NamedTuple):
@@ -173,6 +174,7 @@ class LoanRow(NamedTuple):
     since: int
     exclusive: bool
     purpose: str
+    generation: int
 
 
 _ERRORS = errors.by_code()

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
+    from fdbroker.lender.rules import Rule
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
 PAUSE = SECOND  # until a listener that could not accept is tried again
@@ -92,6 +93,7 @@ class Server(Loop):
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
         self._accepting = True
+        self.rules: tuple[Rule, ...] = ()
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
@@ -107,6 +109,10 @@ class Server(Loop):
         self._epoll.close()
         self.workers.close()
         self.listener.close()
+
+    def set_rules(self, rules: tuple[Rule, ...]) -> None:
+        """From now on these say who may do what."""
+        self.rules = rules
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""

@@ -37,7 +37,7 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.lender.lender import out_of_turn
 from fdbroker.lender.names import check_name
-from fdbroker.lender.parts import IDLE, LENT
+from fdbroker.lender.parts import IDLE, LENT, LIVE
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
@@ -139,6 +139,7 @@ def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
             len(entry.line),
             entry.uid,
             entry.since,
+            entry.state != LIVE,
         )
         for entry in found
     ]
@@ -166,6 +167,7 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
                     holder.since,
                     wish.exclusive,
                     wish.purpose,
+                    entry.generation,
                 )
                 found.append((holder.slot, place, row))
         if len(found) > PAGE_ROWS:

@@ -225,3 +225,18 @@ def test_a_closed_client_says_so(broker: fdbroker.Broker, data_file: IO[bytes]) 
     loan.close()
     assert broker.stats()["loans"] == 0
     client.close()
+
+
+def test_a_retired_entry_is_told_from_the_one_that_replaced_it(broker: fdbroker.Broker) -> None:
+    os.close(put_pipe(broker, "pipe"))
+    with broker.borrow("pipe"):
+        (old,) = broker.entries()
+        reader, writer = os.pipe()
+        new = broker.put("pipe", writer, replace=True)
+        os.close(writer)
+        with broker.borrow("pipe"):
+            told = {entry.generation: entry.retired for entry in broker.entries()}
+            assert told == {old.generation: True, new: False}
+            assert [loan.generation for loan in broker.loans("pipe")] == [old.generation, new]
+    broker.retire("pipe")
+    os.close(reader)
