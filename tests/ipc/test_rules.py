@@ -1,0 +1,647 @@
+"""Rules between real users: who is refused, what it is told, and what it does not learn."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ruled import (
+    ALICE,
+    AUDIO,
+    BOB,
+    MAPPED,
+    STAFF,
+    Ruled,
+    ask_as,
+    become,
+    connected_as,
+    memory,
+    session_as,
+)
+from support import (
+    BORROW,
+    ENTRIES,
+    LOANS,
+    MORE,
+    PUT,
+    RETIRE,
+    RETURN,
+    SHARED,
+    STATS,
+    Raw,
+    in_fork,
+    start_fork,
+    wait_until,
+)
+
+import fdbroker
+from fdbroker.errors import NameTaken, NotPermitted, UnknownEntry, UnknownTicket
+from fdbroker.ipc.messages import HEAD, REPLACE, template
+from fdbroker.lender.rules import VERBS, Rule
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
+
+NOT_PERMITTED, UNKNOWN_ENTRY, UNKNOWN_TICKET, BAD_NAME = 29, 21, 22, 20
+NAMELESS_EPHEMERAL = 6
+TICKET = bytes(16)
+
+
+def rule(*verbs: str, names: tuple[str, ...] = ("*",), uid: int | None = ALICE, **who: Any) -> Rule:
+    return Rule(frozenset(verbs), names, None if who else uid, **who)
+
+
+@pytest.fixture
+def ruled() -> Iterator[Ruled]:
+    with Ruled() as broker:
+        yield broker
+
+
+# --- by default -------------------------------------------------------------------------------
+
+
+def test_by_default_another_uid_is_refused_and_told_which_rule_it_needs(ruled: Ruled) -> None:
+    """Though it may open the socket."""
+    ruled.put("web")
+    for question in (
+        lambda client: client.borrow("web"),
+        lambda client: client.borrow("nothing"),
+        lambda client: client.stats(),
+        lambda client: client.put("x", 0),
+    ):
+        with pytest.raises(NotPermitted, match=f"a rule with uid = {ALICE} would admit") as caught:
+            ask_as(ruled.address, question)
+        assert caught.value.data == (ALICE, "connect", "*")
+    assert ruled.refusals() == [f"{ALICE} verb=connect name=*"] * 4
+    assert ask_as(ruled.address, lambda client: client.stats()["entries"], uid=0) == 1
+    wait_until(lambda: ruled.client.stats()["sessions"] == 2)  # the client's own, and its putter
+
+
+def test_a_broker_of_another_uid_serves_that_and_root() -> None:
+    with Ruled(own_uid=BOB) as ruled:
+        ruled.put("web")
+        ask_as(ruled.address, lambda client: client.retire("web"), uid=BOB)
+        with pytest.raises(NotPermitted):
+            ask_as(ruled.address, lambda client: client.stats())
+        ruled.set_rules(rule("list"))
+        assert ask_as(ruled.address, lambda client: client.entries()) == []
+        assert ask_as(ruled.address, lambda client: client.stats(), uid=BOB)["entries"] == 0
+
+
+# --- verbs and names --------------------------------------------------------------------------
+
+
+def put(client: fdbroker.Client, name: str, **how: Any) -> None:
+    with memory() as number:
+        client.put(name, number, **how)
+
+
+def share(client: fdbroker.Client) -> None:
+    with memory() as number, client.share(number) as ref:
+        ref.borrow().close()
+
+
+REQUESTS = {  # what it takes
+    "borrow web": ("borrow", lambda client: client.borrow("web").close()),
+    "borrow web read-only": ("borrow", lambda client: client.borrow("web", mode="r").close()),
+    "borrow db": ("borrow db", lambda client: client.borrow("db").close()),
+    "borrow both": ("borrow db", lambda client: client.borrow_all(["web", "db"]).close()),
+    "put": ("put", lambda client: put(client, "web-new")),
+    "put elsewhere": ("put db", lambda client: put(client, "db-new")),
+    "replace": ("put retire", lambda client: put(client, "web", replace=True)),
+    "share": ("put *", share),
+    "retire": ("retire", lambda client: client.retire("web")),
+    "retire db": ("retire db", lambda client: client.retire("db")),
+    "entries": ("list", lambda client: client.entries()),
+    "loans": ("list", lambda client: client.loans()),
+    "loans of web": ("list", lambda client: client.loans("web")),
+    "loans of db": ("list db", lambda client: client.loans("db")),
+    "stats": ("admin *", lambda client: client.stats()),
+}
+
+
+def outcomes(address: str) -> dict[str, str]:
+    """Of every request, as ALICE."""
+
+    def attempt(question: Any) -> str:
+        try:
+            ask_as(address, question)
+        except NotPermitted as error:
+            refusals.append(error)
+            return f"{error.verb} {error.name}"
+        return "done"
+
+    refusals: list[NotPermitted] = []
+
+    found = {what: attempt(question) for what, (_, question) in REQUESTS.items()}
+    for error in refusals:
+        assert f'uid {ALICE} may not {error.verb} "{error.name}": a rule' in str(error)
+        assert f'verbs = ["{error.verb}"] would allow it' in str(error)
+    return found
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+@pytest.mark.parametrize("names", [("web*",), ("*",)])
+def test_a_rule_allows_its_verbs_on_its_names_and_nothing_else(
+    ruled: Ruled, verb: str, names: tuple[str, ...]
+) -> None:
+    ruled.put("web", "db")
+    ruled.set_rules(rule(verb, names=names))
+    found = outcomes(ruled.address)
+    everywhere = names == ("*",)
+    for what, (needs, _) in REQUESTS.items():
+        first, *rest = needs.split()
+        allowed = first == verb and (not rest or (rest[0] != "retire" and everywhere))
+        assert (found[what] == "done") is allowed, (what, found[what])
+    assert len(ruled.refusals()) == sum(outcome != "done" for outcome in found.values())
+
+
+def test_what_is_missing_is_named(ruled: Ruled) -> None:
+    ruled.put("web", "db")
+    ruled.set_rules(rule("borrow", "put", "list", names=("web*",)))
+    found = {
+        what: outcome for what, outcome in outcomes(ruled.address).items() if outcome != "done"
+    }
+    assert found == {
+        "borrow db": "borrow db",
+        "borrow both": "borrow db",
+        "put elsewhere": "put db-new",
+        "replace": "retire web",
+        "share": "put *",
+        "retire": "retire web",
+        "retire db": "retire db",
+        "loans of db": "list db",
+        "stats": "admin *",
+    }
+    assert ruled.refusals() == [
+        f"{ALICE} verb={verb} name={name}" for verb, name in map(str.split, found.values())
+    ]
+
+
+def test_the_rule_that_the_refusal_asks_for_is_the_one(ruled: Ruled) -> None:
+    """Add it, and so on, until it is done: every request ends so."""
+    ruled.put("web", "db")
+    rules: list[Rule] = [rule()]
+    ruled.set_rules(*rules)
+    for _, question in list(REQUESTS.values())[::-1]:  # retire comes before borrow
+        ruled.client.put("web", 2, replace=True)
+        ruled.client.put("db", 2, replace=True)
+        for _ in range(4):
+            try:
+                ask_as(ruled.address, question)
+                break
+            except NotPermitted as error:
+                rules.append(rule(error.verb, names=(error.name,)))
+                ruled.set_rules(*rules)
+            except NameTaken:
+                break
+            except fdbroker.errors.UnsupportedKind:  # /dev/stderr is no file here
+                break
+        else:
+            pytest.fail("refused again and again")
+
+
+# --- whom -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("who", "uid", "gid", "groups", "admitted"),
+    [
+        ({"uid": ALICE}, ALICE, ALICE, (), True),
+        ({"uid": ALICE}, BOB, ALICE, (ALICE,), False),
+        ({"gid": STAFF}, ALICE, STAFF, (), True),
+        ({"gid": STAFF}, ALICE, AUDIO, (1, STAFF, 2), True),
+        ({"gid": STAFF}, STAFF, AUDIO, (AUDIO,), False),
+        ({"gid": STAFF}, ALICE, AUDIO, (*range(1, 400), STAFF), True),
+        ({"gid": STAFF}, ALICE, AUDIO, tuple(range(1, 400)), False),
+        ({"gid": 0}, ALICE, ALICE, (), False),
+        ({"everyone": True}, BOB, BOB, (), True),
+        ({"everyone": True}, 65534, 65534, (), True),  # all uids are mapped here: it is nobody's
+    ],
+)
+def test_whom_a_rule_is_about(ruled: Ruled, who, uid, gid, groups, admitted) -> None:
+    ruled.put("web")
+    ruled.set_rules(rule("borrow", names=("web",), **who) if "uid" not in who else rule("borrow"))
+    sock = connected_as(ruled.address, uid, gid, groups)
+    with sock:
+        sock.send(HEAD.pack(b"\x94\0\xcf", 0) + b"\1\xc2")  # hello, version 1, puts nothing
+        answer = sock.recv(1000)
+        assert (answer[1] == 0) is admitted
+        assert (answer[1] == NOT_PERMITTED) is not admitted
+
+
+def test_groups_are_those_of_the_connect(ruled: Ruled) -> None:
+    """As the kernel has it: who has left a group since is still in it, and the other way round."""
+    ruled.put("web")
+    ruled.set_rules(rule("borrow", gid=STAFF))
+
+    def ask() -> str:
+        os.setgroups([STAFF])
+        with fdbroker.Client(ruled.address) as client:
+            os.setresgid(ALICE, ALICE, ALICE)
+            os.seteuid(ALICE)
+            client.borrow("web").close()
+            os.seteuid(0)
+            os.setgroups([])
+            os.seteuid(ALICE)
+            client.borrow("web").close()
+            with fdbroker.Client(ruled.address) as other, pytest.raises(NotPermitted):
+                other.borrow("web")
+        return "done"
+
+    assert in_fork(ask) == "done"
+
+
+def test_a_uid_that_the_brokers_namespace_does_not_map_is_nobody() -> None:
+    try:
+        ruled = Ruled(user_namespace=True)
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        pytest.skip(f"no user namespace can be had here: {error}")
+    with ruled:
+        ruled.put("web")
+        everything = tuple(VERBS)
+        ruled.set_rules(
+            rule(*everything, everyone=True),
+            rule(*everything, uid=65534),
+            rule(*everything, gid=65534),
+        )
+        borrow = lambda client: client.borrow("web").close()  # noqa: E731
+        ask_as(ruled.address, borrow, uid=MAPPED)
+        with pytest.raises(NotPermitted, match="cannot tell your uid") as caught:
+            ask_as(ruled.address, borrow, uid=ALICE, groups=(MAPPED,))
+        assert caught.value.data == (-1, "connect", "*")
+        assert ruled.refusals() == ["65534 verb=connect name=*"]
+        ruled.set_rules(rule(*everything, gid=65534))
+        with pytest.raises(NotPermitted, match=f"a rule with uid = {MAPPED}"):
+            ask_as(ruled.address, borrow, uid=MAPPED, gid=ALICE)
+
+
+# --- what is not learned, and what is forged --------------------------------------------------
+
+
+def answers(raw: Raw, *messages: list[Any]) -> list[list[Any]]:
+    """The answers to those requests, without their seq."""
+    found = []
+    for seq, (verb, *fields) in enumerate(messages, 1):
+        raw.send(verb, seq, *fields)
+        message, fds = raw.receive()
+        assert message is not None
+        assert (message[1], fds) == (seq, [])
+        found.append([message[0], *message[2:]])
+    return found
+
+
+def test_who_is_refused_does_not_learn_whether_it_is_there(ruled: Ruled) -> None:
+    ruled.put("here")
+    ruled.set_rules(rule(*VERBS, names=("mine/*",)))
+    here, gone = (
+        [
+            [BORROW, name, *SHARED],
+            [BORROW, name, 1, 0, ""],
+            [BORROW, ["mine/none", name], 0, None, ""],
+            [RETIRE, name, False, None],
+            [RETIRE, name, True, 0],
+            [LOANS, name, 0, 0],
+        ]
+        for name in ("here", "gone")
+    )
+    with (
+        ruled.client.borrow("here", exclusive=True),
+        session_as(ruled.address, ALICE) as one,
+        session_as(ruled.address, ALICE) as other,
+    ):
+        here, gone = answers(one, *here), answers(other, *gone)
+    verbs = ["borrow", "borrow", "borrow", "retire", "retire", "list"]
+    assert here == [[NOT_PERMITTED, ALICE, verb, "here"] for verb in verbs]
+    assert gone == [[NOT_PERMITTED, ALICE, verb, "gone"] for verb in verbs]
+    for name in ("here", "gone"):
+        for how in ({}, {"replace": True}):
+            with pytest.raises(NotPermitted) as caught:
+                ask_as(ruled.address, lambda client, n=name, how=how: put(client, n, **how))
+            assert caught.value.data == (ALICE, "put", name)
+    with pytest.raises(UnknownEntry):  # of what it may have it does
+        ask_as(ruled.address, lambda client: client.borrow("mine/none"))
+
+
+def test_a_bad_name_is_never_logged(ruled: Ruled) -> None:
+    ruled.set_rules(rule(*VERBS, names=("mine",)))
+    evil = "\x1b[31m\nevent=ready uid=0"
+    with session_as(ruled.address, ALICE) as raw:
+        found = answers(
+            raw,
+            [BORROW, evil, *SHARED],
+            [RETIRE, evil, False, None],
+            [LOANS, evil, 0, 0],
+            [BORROW, [""], *SHARED],
+            [STATS],
+        )
+    assert found == [
+        [BAD_NAME, evil],
+        [BAD_NAME, evil],
+        [BAD_NAME, evil],
+        [NOT_PERMITTED, ALICE, "borrow", "*"],
+        [NOT_PERMITTED, ALICE, "admin", "*"],
+    ]
+    assert ruled.refusals() == [f"{ALICE} verb={verb} name=*" for verb in ("borrow", "admin")]
+    assert not any("\x1b" in line or line.startswith("event=ready") for line in ruled.log())
+
+
+def test_nothing_goes_before_hello(ruled: Ruled) -> None:
+    ruled.put("web")
+    for message in ([BORROW, 1, "web", *SHARED], [STATS, 0], [RETIRE, 1, "web", False, None]):
+        with session_as(ruled.address, ALICE, hello=False) as raw:
+            raw.send(*message)
+            raw.is_refused(60)
+    assert [entry.name for entry in ruled.client.entries()] == ["web"]
+
+
+def test_what_others_said_before_is_no_way_around_the_rules(ruled: Ruled) -> None:
+    """The broker knows a request by its bytes: so each uid sends the same bytes, and again."""
+    ruled.put("web", "db")
+    ruled.set_rules(rule("borrow", names=("web",)), rule("borrow", names=("db",), uid=BOB))
+    sessions = {
+        uid: (Raw(ruled.address) if uid == 0 else session_as(ruled.address, uid))
+        for uid in (0, ALICE, BOB)
+    }
+    may = {0: ("web", "db"), ALICE: ("web",), BOB: ("db",)}
+    for turn in range(4):
+        for uid in (0, ALICE, 0, BOB, ALICE):
+            for name in ("web", "db"):
+                raw = sessions[uid]
+                seq = getattr(raw, "seq", 0) + 1
+                head, tail = template(BORROW, name, *SHARED)
+                raw.send_bytes(HEAD.pack(head, seq) + tail)
+                message, fds = raw.receive()
+                assert message is not None
+                assert message[1] == seq
+                if name in may[uid]:
+                    assert message[0] == 0, (turn, uid, name)
+                    os.close(*fds)
+                    seq += 1
+                    head, tail = template(RETURN)
+                    raw.send_bytes(HEAD.pack(head, seq) + tail)
+                else:
+                    assert (message, fds) == ([NOT_PERMITTED, seq, uid, "borrow", name], [])
+                raw.seq = seq  # type: ignore[attr-defined]
+    for raw in sessions.values():
+        raw.sock.close()
+
+
+def test_descriptors_of_who_may_put_nothing_are_not_taken(ruled: Ruled) -> None:
+    ruled.set_rules(rule("borrow", "retire"))
+    with session_as(ruled.address, ALICE, hello=False) as raw:
+        raw.send(0, 0, 1, True)  # it says that it will put
+        assert raw.is_refused(NOT_PERMITTED) == [ALICE, "put", "*"]
+    reader, writer = os.pipe()
+    with session_as(ruled.address, ALICE, puts=False) as raw:
+        try:
+            raw.send(PUT, 1, "x", 0, fds=[writer])
+        except PermissionError:  # the kernel refuses them (Linux 6.16)
+            raw.send(PUT, 1, "x", 0)
+        message, _ = raw.receive()
+        assert message is not None
+        assert message[0] in (60, NOT_PERMITTED)
+    os.close(writer)
+    assert os.read(reader, 1) == b""  # at the broker it is closed, too
+    os.close(reader)
+    with pytest.raises(NotPermitted, match='names = \\["x"\\], verbs = \\["put"\\]') as caught:
+        ask_as(ruled.address, lambda client: put(client, "x"))
+    assert caught.value.data == (ALICE, "put", "x")
+    assert ruled.client.entries() == []
+
+
+def test_what_a_refused_put_brought_is_closed(ruled: Ruled) -> None:
+    ruled.set_rules(rule("put", names=("mine",)))
+    reader, writer = os.pipe()
+    with session_as(ruled.address, ALICE, puts=True) as raw:
+        for seq, (name, flags) in enumerate(
+            [("x", 0), ("mine", REPLACE), ("", NAMELESS_EPHEMERAL)], 1
+        ):
+            raw.send(PUT, seq, name, flags, fds=[writer])
+            message, fds = raw.receive()
+            assert message is not None
+            assert (message[:3], fds) == ([NOT_PERMITTED, seq, ALICE], [])
+    os.close(writer)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_a_wait_cannot_be_broken_into_by_what_is_refused(ruled: Ruled) -> None:
+    """A second request before the answer is a fault, not a refusal; nothing stays behind."""
+    ruled.put("web")
+    ruled.set_rules(rule("borrow", names=("web",)))
+    for second in ([BORROW, 2, "db", *SHARED], [RETIRE, 2, "web", False, None], [STATS, 2]):
+        with ruled.client.borrow("web", exclusive=True), session_as(ruled.address, ALICE) as raw:
+            raw.send(BORROW, 1, "web", *SHARED)
+            wait_until(lambda: ruled.client.stats()["waiting"] == 1)
+            raw.send(*second)
+            assert raw.is_refused(60)
+            wait_until(lambda: ruled.client.stats()["waiting"] == 0)
+    assert ruled.refusals() == []
+
+
+# --- rules that change ------------------------------------------------------------------------
+
+
+def test_other_rules_hold_for_the_next_request_of_an_open_session(ruled: Ruled) -> None:
+    """One session of a real client in another process, which is told between its requests."""
+    ruled.put("web")
+    ruled.set_rules(rule("borrow", names=("web",)))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def run() -> None:
+        ours.close()
+        become(ALICE)
+        with theirs, fdbroker.Client(ruled.address) as client:
+            while theirs.recv(10):
+                try:
+                    client.borrow("web").close()
+                    theirs.send(b"lent")
+                except NotPermitted as error:
+                    theirs.send(f"{error.verb} {error.name}".encode())
+
+    def ask() -> str:
+        ours.send(b"again")
+        return ours.recv(100).decode()
+
+    wait = start_fork(run)
+    theirs.close()
+    ours.settimeout(20)
+    assert [ask(), ask(), ask()] == ["lent"] * 3
+    sessions = ruled.client.stats()["sessions"]
+    for _ in range(3):
+        ruled.set_rules(rule("borrow", names=("db",)))
+        assert [ask(), ask()] == ["borrow web"] * 2
+        ruled.set_rules()
+        assert [ask(), ask()] == ["borrow web"] * 2
+        ruled.set_rules(rule("borrow", names=("w*",), gid=ALICE))
+        assert [ask(), ask()] == ["lent"] * 2
+    assert ruled.client.stats()["sessions"] == sessions  # it was one session all along
+    ours.close()
+    wait()
+
+
+def test_what_was_granted_stays(ruled: Ruled) -> None:
+    """A loan, its later parts, its return, and a place in the waiting line."""
+    names = [f"web{number}" for number in range(300)]
+    ruled.put(*names, "tty")
+    ruled.set_rules(rule("borrow"))
+    holder, waiter = session_as(ruled.address, ALICE), session_as(ruled.address, ALICE)
+    turn = ruled.client.borrow("tty", exclusive=True)
+    with holder, waiter:
+        holder.send(BORROW, 1, names, 0, None, "")
+        message, fds = holder.receive()
+        assert message is not None
+        assert message[2:4] == [300, 253]
+        waiter.send(BORROW, 1, "tty", 1, None, "")
+        wait_until(lambda: ruled.client.stats()["waiting"] == 1)
+
+        ruled.set_rules()
+        holder.send(MORE, 2, 253)
+        message, more = holder.receive()
+        assert message is not None
+        assert message[:4] == [0, 2, 300, 47]
+        for number in fds + more:
+            os.close(number)
+        turn.close()
+        message, fds = waiter.receive()
+        assert message is not None
+        assert message[:2] == [0, 1]
+        os.close(*fds)
+        assert {loan.uid for loan in ruled.client.loans()} == {ALICE}
+        for raw, seq in ((holder, 3), (waiter, 2)):
+            raw.send(RETURN, seq)
+            raw.send(BORROW, seq + 1, "tty", *SHARED)
+            assert raw.receive() == ([NOT_PERMITTED, seq + 1, ALICE, "borrow", "tty"], [])
+    wait_until(lambda: ruled.client.stats()["loans"] == 0)
+
+
+def test_root_needs_no_rule_and_loses_nothing_by_them(ruled: Ruled) -> None:
+    ruled.put("web")
+    for rules in ((), (rule("borrow", uid=0, names=("db",)),), (rule(everyone=True),)):
+        ruled.client.borrow("web").close()
+        ruled.set_rules(*rules)
+        ruled.client.borrow("web").close()
+        ruled.client.stats()
+
+
+# --- tickets ----------------------------------------------------------------------------------
+
+
+def test_a_ticket_lets_its_bearer_borrow_if_any_rule_admits_it(ruled: Ruled) -> None:
+    with memory() as number, ruled.client.share(number) as ref:
+        ticket = ref._ticket
+        borrow = lambda client: client.borrow_ticket(ticket).close()  # noqa: E731
+        with pytest.raises(NotPermitted) as caught:
+            ask_as(ruled.address, borrow)
+        assert caught.value.verb == "connect"
+        ruled.set_rules(rule())
+        ask_as(ruled.address, borrow)
+        with session_as(ruled.address, ALICE) as raw:
+            ruled.set_rules(rule(uid=BOB))
+            raw.send(BORROW, 1, ticket, *SHARED)
+            assert raw.receive() == ([NOT_PERMITTED, 1, ALICE, "connect", "*"], [])
+            ruled.set_rules(rule())
+            os.close(raw.borrow(2, ticket))  # type: ignore[arg-type]
+    with pytest.raises(UnknownTicket):
+        ask_as(ruled.address, borrow)
+
+
+def test_a_ticket_is_retired_by_its_maker_or_by_a_rule(ruled: Ruled) -> None:
+    with memory() as number, ruled.client.share(number) as ref:
+        ticket = ref._ticket
+        retire = lambda client: client.retire(ticket)  # noqa: E731
+        for rules in ((rule(),), (rule("retire", names=("web*",)),)):
+            ruled.set_rules(*rules)
+            with pytest.raises(NotPermitted) as caught:
+                ask_as(ruled.address, retire)
+            assert caught.value.data == (ALICE, "retire", "*")
+            ref.borrow().close()
+        with pytest.raises(UnknownTicket):
+            ask_as(ruled.address, lambda client: client.retire(TICKET))
+        ruled.set_rules(rule("retire"))
+        ask_as(ruled.address, retire)
+        with pytest.raises(UnknownTicket):
+            ref.borrow()
+    ruled.set_rules(rule("put"))
+    ask_as(ruled.address, share)  # whose end retires what it made
+    wait_until(lambda: ruled.client.stats()["entries"] == 0)
+
+
+# --- lists ------------------------------------------------------------------------------------
+
+
+def test_lists_show_what_may_be_listed(ruled: Ruled) -> None:
+    ruled.put("web", "web2", "db")
+    ruled.set_rules(rule("list", names=("web*",)), rule("list", "borrow", uid=BOB))
+    with (
+        ruled.client.borrow_all(["db", "web", "db", "web2"]),
+        memory() as number,
+        ruled.client.share(number) as ref,
+        ref.borrow(),
+    ):
+        lists = lambda client: (  # noqa: E731
+            sorted(entry.name for entry in client.entries()),
+            [loan.entry for loan in client.loans()],
+            [loan.entry for loan in client.loans("web2")],
+        )
+        assert ask_as(ruled.address, lists) == (["web", "web2"], ["web", "web2"], ["web2"])
+        everything = (["db", "web", "web2"], ["db", "web", "db", "web2", ""], ["web2"])
+        assert ask_as(ruled.address, lists, uid=BOB) == everything
+        assert lists(ruled.client) == everything
+
+
+def test_a_misspelt_name_suggests_only_what_may_be_listed(ruled: Ruled) -> None:
+    ruled.put("webcam", "webapp")
+    ruled.set_rules(rule("borrow"), rule("list", names=("webapp",)))
+    for _ in range(2):
+        with pytest.raises(UnknownEntry) as caught:
+            ask_as(ruled.address, lambda client: client.borrow("webcap"))
+        assert caught.value.nearest == ["webapp"]
+
+
+def test_pages_of_what_is_mostly_hidden(ruled: Ruled) -> None:
+    """Each page looks at so many at most, so some are empty; none of the rest is missing."""
+    hidden = [f"hidden{number}" for number in range(2500)]
+    shown = [f"shown{number}" for number in range(150)]
+    every = [name for pair in zip(hidden, shown, strict=False) for name in pair]
+    with memory() as number:
+        for name in every + hidden[150:]:
+            ruled.client.put(name, number)
+        ruled.client.put("shown-last", number)
+    shown.append("shown-last")
+    ruled.set_rules(rule("list", names=("shown*",)))
+    found = ask_as(ruled.address, lambda client: [entry.name for entry in client.entries()])
+    assert found == shown
+    assert len(ruled.client.entries()) == len(hidden) + len(shown)
+    with ruled.client.borrow_all(hidden), ruled.client.borrow_all(["shown3", *hidden[:80]]):
+        loans = lambda client: [loan.entry for loan in client.loans()]  # noqa: E731
+        assert ask_as(ruled.address, loans) == ["shown3"]
+        assert loans(ruled.client) == [*hidden, "shown3", *hidden[:80]]
+    with session_as(ruled.address, ALICE) as raw:
+        pages, cursor, seq = [], 0, 0
+        while seq == 0 or cursor:
+            seq += 1
+            raw.send(ENTRIES, seq, cursor)
+            message, _ = raw.receive()
+            assert message is not None
+            _, _, cursor, rows = message
+            pages.append(len(rows))
+        assert sum(pages) == len(shown)
+        assert len(pages) >= 2
+
+
+def test_a_socket_that_cannot_be_asked_for_groups_is_in_none() -> None:
+    """Nobody is in a group by a failure of the kernel."""
+    from fdbroker.ipc import unix
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone:
+        with pytest.raises(OSError, match="No data") as caught:
+            alone.getsockopt(socket.SOL_SOCKET, unix.SO_PEERGROUPS, 100)
+        assert caught.value.errno == errno.ENODATA
+        assert unix.groups(alone) == []
+        assert unix._many_groups(alone) == b""
