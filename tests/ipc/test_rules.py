@@ -471,17 +471,17 @@ def test_other_rules_hold_for_the_next_request_of_an_open_session(ruled: Ruled) 
     wait = start_fork(run)
     theirs.close()
     ours.settimeout(20)
-    assert [ask(), ask(), ask()] == ["lent"] * 3
-    sessions = ruled.client.stats()["sessions"]
-    for _ in range(3):
-        ruled.set_rules(rule("borrow", names=("db",)))
-        assert [ask(), ask()] == ["borrow web"] * 2
-        ruled.set_rules()
-        assert [ask(), ask()] == ["borrow web"] * 2
-        ruled.set_rules(rule("borrow", names=("w*",), gid=ALICE))
-        assert [ask(), ask()] == ["lent"] * 2
-    assert ruled.client.stats()["sessions"] == sessions  # it was one session all along
-    ours.close()
+    with ours:  # its end is the child's, too
+        assert [ask(), ask(), ask()] == ["lent"] * 3
+        sessions = ruled.client.stats()["sessions"]
+        for _ in range(3):
+            ruled.set_rules(rule("borrow", names=("db",)))
+            assert [ask(), ask()] == ["borrow web"] * 2
+            ruled.set_rules()
+            assert [ask(), ask()] == ["borrow web"] * 2
+            ruled.set_rules(rule("borrow", names=("w*",), gid=ALICE))
+            assert [ask(), ask()] == ["lent"] * 2
+        assert ruled.client.stats()["sessions"] == sessions  # it was one session all along
     wait()
 
 
