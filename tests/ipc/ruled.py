@@ -217,3 +217,20 @@ def ask_as(
             return question(client)
 
     return in_fork(ask)
+
+
+# --- what the tests ask for most often ---
+
+
+def rule(*verbs: str, names: tuple[str, ...] = ("*",), uid: int | None = ALICE, **who: Any) -> Rule:
+    return Rule(frozenset(verbs), names, None if who else uid, **who)
+
+
+def put(client: fdbroker.Client, name: str, **how: Any) -> None:
+    with memory() as number:
+        client.put(name, number, **how)
+
+
+def share(client: fdbroker.Client) -> None:
+    with memory() as number, client.share(number) as ref:
+        ref.borrow().close()
