@@ -238,15 +238,31 @@ class RetireTimeout(FDBrokerError, TimeoutError):
 
 
 class NotPermitted(FDBrokerError, PermissionError):
-    """The broker does not serve this uid, or not with this verb."""
+    """No rule of the broker allows this to the uid of this process (-1: the broker cannot tell it).
+
+    `verb` is a rule's, or "connect"; `name` is the entry's, or ``*`` for what has none.
+    """
 
     code = 29
     uid: int
     verb: str
-    says = (
-        "uid {self.uid} may not {self.verb} here: only the broker's own uid and root may; "
-        "run as one of them"
-    )
+    name: str = "*"
+
+    def __str__(self) -> str:
+        if self.uid == -1:
+            return (
+                "the broker cannot tell your uid, which its user namespace does not map: no rule "
+                "can allow you anything, connect from a uid that it knows"
+            )
+        if self.verb == "connect":
+            return (
+                f"uid {self.uid} may not connect: a rule with uid = {self.uid} would admit it, if "
+                "the mode or group of the socket and its folder lets it in"
+            )
+        return (
+            f'uid {self.uid} may not {self.verb} "{self.name}": a rule with uid = {self.uid}, '
+            f'names = ["{self.name}"], verbs = ["{self.verb}"] would allow it'
+        )
 
 
 class BrokerClosing(FDBrokerError, ConnectionRefusedError):

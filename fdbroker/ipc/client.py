@@ -12,7 +12,7 @@ from time import CLOCK_BOOTTIME, clock_gettime, time
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fdbroker.descriptors import Kind, inspect
-from fdbroker.errors import BrokerGone, FDBrokerError, UnknownEntry
+from fdbroker.errors import BrokerGone, FDBrokerError, NotPermitted, UnknownEntry
 from fdbroker.ipc.address import default_address
 from fdbroker.ipc.borrowing import borrow, check_ticket, check_timeout, known, prepare
 from fdbroker.ipc.messages import (
@@ -207,7 +207,12 @@ class Client:
         fd = obj if isinstance(obj, int) else obj.fileno()
         os.fstat(fd)  # a number that is closed could become the one of a session's socket
         for _ in range(TRIES):
-            putter = self._pool.take_putter()
+            try:
+                putter = self._pool.take_putter()
+            except NotPermitted as error:
+                if error.verb != "put":
+                    raise
+                raise NotPermitted(error.uid, "put", name or "*") from None  # what it was for
             try:
                 return putter.put(name, flags, fd)
             except StaleSession:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import MESSAGE_BYTES
 from fdbroker.lender.parts import FREE, Peer, Session
+from fdbroker.lender.rules import NO_RIGHTS
 
 if TYPE_CHECKING:
     import socket
@@ -47,10 +48,12 @@ class Connection:
     __slots__ = (
         "inbox",
         "job",
+        "known",
         "number",
         "peer",
         "receive",
         "repeated",
+        "rights",
         "session",
         "sock",
         "state",
@@ -63,6 +66,8 @@ class Connection:
         self.peer = peer
         self.state = GREETING
         self.session = NOBODY
+        self.rights = NO_RIGHTS  # of the peer, by the rules of now
+        self.known: dict[bytes, tuple[int, Any]] = {}  # requests that it may make, see messages.py
         self.inbox: Inbox | None = None  # the descriptors of the request at hand
         self.job: Request | None = None  # while WORKING, or ENDED meanwhile
         self.unsent: Unsent | None = None  # while UNREAD

@@ -44,6 +44,7 @@ TIMEOUT_SECONDS = 10**9  # thirty years; more is meant to be None
 SEQ = 2**53
 CURSOR = 2**32
 PAGE_ROWS = 64  # of at most 1,000 bytes each: a page stays below MESSAGE_BYTES
+PAGE_LOOKS = 2048  # that a page takes at most, so that no page holds up the others for long
 WHERE_CHARS = 128  # of the address or the path in a row
 
 EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
@@ -136,7 +137,7 @@ VERBS: dict[int, Verb] = {
             Field("index", (int,), NAMES),
         ),
     ),
-    STATS: Verb("stats", "list", ()),
+    STATS: Verb("stats", "admin", ()),
 }
 REPLIES: dict[int, int] = {  # how many fields the reply to each verb has
     HELLO: 1,  # version
@@ -228,23 +229,26 @@ def _decode(data: bytes, side: str) -> list[Any]:
 
 
 KNOWN: dict[bytes, tuple[int, Any]] = {}
-"""Requests that were decoded before, by their bytes without the seq: (verb, fields)."""
+"""Requests that were decoded before, by their bytes without the seq: (verb, fields).  Of those who
+may do everything: what the others said is remembered apart (admission.py)."""
 
 
 def decode_request(data: bytes) -> tuple[int, int, Any]:
     """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
 
     The fields are a tuple, or what the verb makes of them (`Verb.becomes`); nobody may change
-    them, since the next such request is given the same ones: it is in `KNOWN` from now on.
+    them, since they may be given to the next such request (`remember`).
     """
     message = _decode(data, "client")
-    code, seq = message[0], message[1]
-    fields = _check(code, message[2:])
-    if data[1:3] == bytes((code, UINT64)) and len(data) <= KNOWN_BYTES:
-        if len(KNOWN) >= KNOWN_REQUESTS:
-            KNOWN.clear()
-        KNOWN[data[:3] + data[HEAD_BYTES:]] = code, fields
-    return code, seq, fields
+    return message[0], message[1], _check(message[0], message[2:])
+
+
+def remember(known: dict[bytes, tuple[int, Any]], data: bytes, verb: int, fields: Any) -> None:
+    """Enter a request that was decoded into `known`, which is `KNOWN` or like it."""
+    if data[1:3] == bytes((verb, UINT64)) and len(data) <= KNOWN_BYTES:
+        if len(known) >= KNOWN_REQUESTS:
+            known.clear()
+        known[data[:3] + data[HEAD_BYTES:]] = verb, fields
 
 
 def _check(code: int, fields: list[Any]) -> Any:

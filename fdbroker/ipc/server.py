@@ -13,7 +13,6 @@ never polls a descriptor that it lends.  A fault of a client ends that client's 
 from __future__ import annotations
 
 import logging
-import os
 import select
 import struct
 from fcntl import ioctl
@@ -31,6 +30,7 @@ from fdbroker.errors import (
     VersionMismatch,
 )
 from fdbroker.ipc import unix
+from fdbroker.ipc.admission import Admission
 from fdbroker.ipc.connection import (
     ENDED,
     GREETING,
@@ -52,7 +52,6 @@ from fdbroker.ipc.messages import (
     GRANTED,
     HEAD_BYTES,
     HELLO,
-    KNOWN,
     ONE_OF_ONE,
     RETURN,
     VERBS,
@@ -62,6 +61,7 @@ from fdbroker.ipc.messages import (
     encode_error,
     encode_grant,
     pack_grant,
+    remember,
     unpack_head,
 )
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
@@ -89,11 +89,10 @@ class Server(Loop):
         super().__init__(lender)
         self.listener = listener
         self.custody = custody or Custody()
-        self._uids = {0, os.geteuid()}  # who is served
+        self._admission = Admission()
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
         self._accepting = True
-        self.rules: tuple[Rule, ...] = ()
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
@@ -111,8 +110,14 @@ class Server(Loop):
         self.listener.close()
 
     def set_rules(self, rules: tuple[Rule, ...]) -> None:
-        """From now on these say who may do what."""
-        self.rules = rules
+        """From now on these say who may do what, beside root and the broker's own uid.
+
+        They hold for the next request of every session, also of those that are open.  What was
+        granted before stays granted: loans, and waits.
+        """
+        self._admission = Admission(rules)
+        for connection in self._connections.values():
+            self._admission.look_at(connection)
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
@@ -178,6 +183,7 @@ class Server(Loop):
         find it so costs less than to ask epoll again.
         """
         session, receive, lender = connection.session, connection.receive, self.lender
+        known = connection.known
         try:
             while True:
                 try:
@@ -189,7 +195,7 @@ class Server(Loop):
                     return
                 try:
                     head, seq = unpack_head(data)
-                    verb, fields = KNOWN[head + data[HEAD_BYTES:]]
+                    verb, fields = known[head + data[HEAD_BYTES:]]
                 except (KeyError, struct.error):
                     self._receive_unusual(connection, data)
                     return
@@ -200,7 +206,7 @@ class Server(Loop):
                     lender.give_back(session, seq, self.now)
                     if lender.decisions:
                         return
-                elif verb == BORROW:  # as its handler does
+                elif verb == BORROW:  # as its handler does with one who may
                     if lender.borrow(session, seq, fields, self.now):
                         self.hand_over(connection, seq)
                     return
@@ -229,6 +235,7 @@ class Server(Loop):
                 self._greet(connection, verb, seq, fields)
             elif connection.state == READY and seq == connection.session.seq + 1:
                 self._handle(connection, verb, seq, fields)
+                remember(connection.known, data, verb, fields)  # it was not refused
             else:
                 self._receive_out_of_turn(connection, verb, seq)
         finally:
@@ -261,6 +268,8 @@ class Server(Loop):
     def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
         """Its request cannot be granted: the answer says why."""
         session = connection.session
+        if isinstance(error, NotPermitted):
+            self._log_refusal(connection, error)
         self.lender.advance(session, session.seq + 1)
         if self.draining and isinstance(error, UnknownEntry | UnknownTicket):
             error = BrokerClosing()  # it has retired because of that
@@ -278,19 +287,14 @@ class Server(Loop):
         if verb != HELLO or seq != 0:
             raise ProtocolError("client", "a session begins with hello")
         version, puts = fields
-        peer = connection.peer
-        refusal: FDBrokerError | None = None
-        if peer.uid not in self._uids:
-            refusal = NotPermitted(peer.uid, "connect")
-        elif version != VERSION:
-            refusal = VersionMismatch(version, VERSION)
-        else:
-            try:
-                connection.session = self.lender.open(peer)
-            except FDBrokerError as error:
-                refusal = error
-        if refusal is not None:
-            log.warning('event=refused %s reason="%s"', connection, refusal)
+        try:
+            self._admission.look_at(connection)
+            self._admission.check_hello(connection, puts)
+            if version != VERSION:
+                raise VersionMismatch(version, VERSION)
+            connection.session = self.lender.open(connection.peer)
+        except FDBrokerError as refusal:
+            self._log_refusal(connection, refusal)
             self.reply(connection, encode_error(0, refusal))
             self.end(connection)
             return
@@ -300,6 +304,12 @@ class Server(Loop):
         self._by_slot[connection.session.slot] = connection
         self.custody.keep_session(connection.session.slot, connection.sock)
         self.reply(connection, encode([0, 0, VERSION]))
+
+    def _log_refusal(self, connection: Connection, error: FDBrokerError) -> None:
+        if isinstance(error, NotPermitted):  # its name is one, so it is shown as it is
+            log.warning("event=refused %s verb=%s name=%s", connection, error.verb, error.name)
+        else:
+            log.warning('event=refused %s reason="%s"', connection, error)
 
     def _fault(self, connection: Connection, error: ProtocolError) -> None:
         """The client broke the rules: tell it, as the answer that it waits for, and hang up."""

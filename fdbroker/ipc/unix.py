@@ -35,6 +35,11 @@ SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ; unix(7)
 # when it has taken all but one byte of a freed message off the count (sock_wfree, net/core/sock.c)
 LEAST_QUEUED = 256
 SO_PASSRIGHTS = 83  # asm-generic/socket.h
+SO_PEERGROUPS = 59  # the same
+FEW_GROUPS = 256  # all that socket.getsockopt takes
+MANY_GROUPS = 65_536  # NGROUPS_MAX, linux/limits.h
+ALL_IDS = 2**32 - 1  # -1 is none (user_namespaces(7))
+OVERFLOW_ID = 65_534  # kernel.overflowuid and overflowgid, if nobody has set them
 # plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
 RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
 RECEIVE_NOW = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
@@ -182,6 +187,47 @@ def credentials(sock: socket.socket) -> tuple[int, int, int]:
         "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     )
     return uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, pid
+
+
+def groups(sock: socket.socket) -> list[int]:
+    """The supplementary groups of the peer as they were when it connected."""
+    try:
+        data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, FEW_GROUPS * INT.size)
+    except OSError as error:
+        if error.errno != errno.ERANGE:  # Linux before 4.13
+            return []
+        data = _many_groups(sock)
+    return [number & 0xFFFFFFFF for (number,) in INT.iter_unpack(data)]
+
+
+def _many_groups(sock: socket.socket) -> bytes:
+    """The same where they are more than Python's getsockopt has room for."""
+    import ctypes
+
+    buffer = ctypes.create_string_buffer(MANY_GROUPS * INT.size)
+    size = ctypes.c_uint32(len(buffer))
+    getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
+    if getsockopt(sock.fileno(), SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size)) != 0:
+        return b""
+    return buffer.raw[: size.value]
+
+
+def unknown_ids() -> tuple[int | None, int | None]:
+    """The uid and the gid that stand for all that this process's user namespace does not map
+    (user_namespaces(7)); None where it maps every one, as the initial namespace does."""
+    return _unknown_id("uid"), _unknown_id("gid")
+
+
+def _unknown_id(kind: str) -> int | None:
+    overflow = OVERFLOW_ID
+    try:
+        with open(f"/proc/sys/kernel/overflow{kind}") as file:
+            overflow = int(file.read())
+        with open(f"/proc/self/{kind}_map") as file:
+            mapped = sum(int(line.split()[2]) for line in file)
+    except OSError:  # no /proc
+        mapped = 0
+    return None if mapped >= ALL_IDS else overflow
 
 
 def client_socket() -> socket.socket:

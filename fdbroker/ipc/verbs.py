@@ -4,15 +4,18 @@ A handler gets the server, the connection (with its session, and the descriptors
 inbox), the seq, and the fields, which fit the table in messages.py.  It returns the reply, or None
 if there is none now: because the verb has none, or because a waiting line or a worker will bring
 it.  It raises what the client is told.
+
+Whether a request is permitted is asked before anything is looked for, so that who may not have an
+entry does not learn whether it is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.errors import BrokerClosing, ProtocolError
+from fdbroker.errors import BrokerClosing, NotPermitted, ProtocolError
+from fdbroker.ipc.admission import check_right, check_right_somewhere
 from fdbroker.ipc.jobs import Put
 from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import (
@@ -24,6 +27,7 @@ from fdbroker.ipc.messages import (
     LOANS,
     MORE,
     NAMELESS,
+    PAGE_LOOKS,
     PAGE_ROWS,
     PUT,
     REPLACE,
@@ -42,7 +46,8 @@ from fdbroker.lender.parts import IDLE, LENT, LIVE
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
-    from fdbroker.lender.parts import Wish
+    from fdbroker.lender import Lender
+    from fdbroker.lender.parts import Session, Wish
 
 Fields = tuple[Any, ...]
 Reply = bytes | None
@@ -62,6 +67,10 @@ def hello(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 
 def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
     """Grant it now, or let the session wait for its turn."""
+    if not at.rights.unlimited:
+        _require(at, IDLE)
+        for name in wish.names:
+            check_right(at, BORROW, name)
     if server.lender.borrow(at.session, seq, wish, server.now):
         server.hand_over(at, seq)
     return None
@@ -98,12 +107,15 @@ def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
         raise too_many_files("broker")
     if at.inbox is None or len(at.inbox.fds) != 1:
         raise ProtocolError("client", "a put brings one descriptor")
-    if server.draining:
-        raise BrokerClosing()
     if not flags & NAMELESS:
         check_name(name)
     elif name or not flags & EPHEMERAL:
         raise ProtocolError("client", "a nameless entry has no name, and ends with its maker")
+    check_right(at, PUT, name)
+    if flags & REPLACE:
+        check_right(at, RETIRE, name)
+    if server.draining:
+        raise BrokerClosing()
     server.lender.check_free(name, bool(flags & REPLACE))
     (sysfd,) = at.inbox.give_away()
     server.start_job(at, Put(at, seq, name, flags, sysfd))
@@ -114,6 +126,7 @@ def retire(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """An entry refuses new borrows; with `wait` the reply comes after its final close."""
     name, wait, timeout = fields
     _require(at, *((IDLE,) if wait else (IDLE, LENT)))
+    _check_retire(server, at, name)
     if wait:
         server.lender.retire_and_wait(at.session, seq, name, server.now, timeout)
         return None
@@ -122,44 +135,62 @@ def retire(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     return encode([0, seq])
 
 
+def _check_retire(server: Server, at: Connection, name: str | bytes) -> None:
+    """A ticket lets its bearer borrow; who may retire is the uid that made the entry, or one that
+    may retire what has no name."""
+    if isinstance(name, str):
+        check_right(at, RETIRE, name)
+    elif not at.rights.may("retire", "") and server.lender.find(name).uid != at.peer.uid:
+        raise NotPermitted(at.peer.uid, "retire")
+
+
 def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
-    """One page of the entries that have a name, by slot from the cursor on."""
+    """One page of the entries that have a name and may be listed, by slot from the cursor on."""
     (cursor,) = fields
     _require(at, IDLE, LENT)
+    check_right_somewhere(at, ENTRIES)
     server.lender.advance(at.session, seq)
-    found = list(islice((e for e in server.lender.entries_from(cursor) if e.name), PAGE_ROWS + 1))
-    following = found.pop().slot if len(found) > PAGE_ROWS else 0
-    rows = [
-        EntryRow(
-            entry.name,
-            entry.kind,
-            entry.where[:WHERE_CHARS],
-            entry.generation,
-            len(entry.holders),
-            len(entry.line),
-            entry.uid,
-            entry.since,
-            entry.state != LIVE,
-        )
-        for entry in found
-    ]
+    following, rows = 0, list[EntryRow]()
+    for looks, entry in enumerate(server.lender.entries_from(cursor)):
+        if len(rows) == PAGE_ROWS or looks == PAGE_LOOKS:
+            following = entry.slot
+            break
+        if entry.name and at.rights.may("list", entry.name):
+            rows.append(
+                EntryRow(
+                    entry.name,
+                    entry.kind,
+                    entry.where[:WHERE_CHARS],
+                    entry.generation,
+                    len(entry.holders),
+                    len(entry.line),
+                    entry.uid,
+                    entry.since,
+                    entry.state != LIVE,
+                )
+            )
     return encode([0, seq, following, rows])
 
 
 def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
-    """One page of the loans, by session slot from the cursor on, `index` within a loan."""
-    name, cursor, index = fields
+    """One page of the loans of what may be listed, by session slot from the cursor on, `index`
+    within a loan."""
+    name, *start = fields
     _require(at, IDLE, LENT)
+    if name:
+        check_right(at, LOANS, name)
+    else:
+        check_right_somewhere(at, LOANS)
     server.lender.advance(at.session, seq)
-    found: list[tuple[int, int, LoanRow]] = []
-    for holder in server.lender.sessions_from(cursor):
-        wish = holder.wish
-        if wish is None or holder.state != LENT:
-            continue
-        start = index if holder.slot == cursor else 0
-        for place, entry in enumerate(holder.entries[start:], start):
-            if not name or entry.name == name:
-                row = LoanRow(
+    following, rows = (0, 0), list[LoanRow]()
+    for looks, (holder, place, wish) in enumerate(_lent(server.lender, *start)):
+        if len(rows) == PAGE_ROWS or looks == PAGE_LOOKS:
+            following = holder.slot, place
+            break
+        entry = holder.entries[place]
+        if (not name or entry.name == name) and at.rights.may("list", entry.name):
+            rows.append(
+                LoanRow(
                     entry.name,
                     f"{holder.id}.{holder.borrow_seq}",
                     holder.peer.pid,
@@ -169,16 +200,22 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
                     wish.purpose,
                     entry.generation,
                 )
-                found.append((holder.slot, place, row))
-        if len(found) > PAGE_ROWS:
-            break
-    after = found[PAGE_ROWS][:2] if len(found) > PAGE_ROWS else (0, 0)
-    return encode([0, seq, *after, [row for _, _, row in found[:PAGE_ROWS]]])
+            )
+    return encode([0, seq, *following, rows])
+
+
+def _lent(lender: Lender, cursor: int, index: int) -> Iterator[tuple[Session, int, Wish]]:
+    """Every entry of every loan from there on: who has it, its place in the loan, the wish."""
+    for holder in lender.sessions_from(cursor):
+        if holder.wish is not None and holder.state == LENT:
+            for place in range(index if holder.slot == cursor else 0, len(holder.entries)):
+                yield holder, place, holder.wish
 
 
 def stats(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """Counts."""
     _require(at, IDLE, LENT)
+    check_right(at, STATS, "")
     server.lender.advance(at.session, seq)
     return encode([0, seq, list(server.stats().items())])
 

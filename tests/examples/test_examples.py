@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
+import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import in_fork
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINES = 80  # an example is to be read at one glance
 
 
-def run(name: str) -> str:
-    """What the example printed; it ended with 0 and complained of nothing."""
+def run(name: str, *, status: int = 0, before: Sequence[str] = ()) -> str:
+    """What the example printed; it ended with that status and complained of nothing."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / name],
+        [*before, sys.executable, "-W", "error", EXAMPLES / name],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=100,
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert (done.returncode, done.stderr) == (status, ""), done.stdout + done.stderr
     return done.stdout
 
 
@@ -60,6 +67,59 @@ def test_exclusive_device() -> None:
     assert re.search(told, out)
     assert f"pid {keeper[1]} is killed, and it has its turn" in out
     assert out.count("  ok: ") == 5
+
+
+def may_use_bpf() -> bool:
+    """Whether we may make a BPF map, and another uid may write to it: asked of the kernel."""
+    number = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine)
+    if number is None:
+        pytest.skip("the number of bpf(2) on this machine is not in the example")
+    if os.geteuid() != 0:
+        return False
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    create = struct.pack("5I", 1, 4, 8, 1, 0)  # BPF_MAP_TYPE_HASH, struct bpf_attr of bpf(2)
+    descriptor = syscall(number, 0, create, len(create))
+    if descriptor < 0:
+        assert ctypes.get_errno() == errno.EPERM
+        return False
+    try:
+        return in_fork(lambda: may_write(syscall, number, descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def may_write(syscall: Any, number: int, descriptor: int) -> bool:
+    os.setgroups([])
+    os.setgid(65533)
+    os.setuid(65533)
+    key, value = ctypes.c_uint32(0), ctypes.c_uint64(1)
+    addresses = ctypes.addressof(key), ctypes.addressof(value)
+    update = struct.pack("I4x3Q", descriptor, *addresses, 0)
+    return syscall(number, 2, update, len(update)) == 0
+
+
+def test_ebpf_map() -> None:
+    """Where bpf(2) is permitted, to say that it is not would fail."""
+    if not may_use_bpf():
+        out = run("ebpf_map.py", status=77)
+        assert re.fullmatch(r"bpf\(2\) is not permitted here: .*\n", out)
+        pytest.skip(out)
+    out = run("ebpf_map.py")
+    assert "uid 65533 has counted, as uid 0 reads it: [1000, 1000, 1000, 1000]" in out
+    for key in range(4):
+        assert f'key {key} was counted to 1000; uid 65533 may not borrow "secrets": a rule' in out
+    assert out.count("event=refused") == 4
+    assert "not permitted" not in out
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs privileges to lose")
+def test_ebpf_map_where_it_is_not_permitted() -> None:
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        pytest.skip("there is no setpriv")
+    less = [setpriv, "--bounding-set=-bpf,-sys_admin", "--inh-caps=-bpf,-sys_admin"]
+    out = run("ebpf_map.py", status=77, before=less)
+    assert re.fullmatch(r"bpf\(2\) is not permitted here: .*\n", out)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -255,7 +255,7 @@ def test_a_socket_that_others_must_not_open(broker: fdbroker.Broker) -> None:
 
     with pytest.raises(NotPermitted) as caught:
         support.in_fork(ask)
-    assert caught.value.data == (65534, "connect")
+    assert caught.value.data == (65534, "connect", "*")
 
 
 def test_a_path_that_is_too_long(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgpack
 import pytest
@@ -11,6 +12,7 @@ from fdbroker import descriptors
 from fdbroker.errors import (
     BorrowTimeout,
     CloseFailed,
+    NotPermitted,
     ProtocolError,
     RetireTimeout,
     StolenFDError,
@@ -32,6 +34,7 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
     encode_grant,
+    remember,
     template,
 )
 from fdbroker.lender import Wish
@@ -62,8 +65,15 @@ def test_a_grant_is_a_plain_msgpack_array() -> None:
     assert msgpack.unpackb(data) == [0, 2**40, 300, 253, 2**60]
 
 
+def learn(data: bytes) -> tuple[int, int, Any]:
+    """What a broker does with a request that it has not seen before."""
+    verb, seq, fields = decode_request(data)
+    remember(KNOWN, data, verb, fields)
+    return verb, seq, fields
+
+
 def test_what_was_seen_before_is_decoded_once() -> None:
-    verb, seq, wish = decode_request(request(5, BORROW, "web", 1, 2.5, "why"))
+    verb, seq, wish = learn(request(5, BORROW, "web", 1, 2.5, "why"))
     assert (verb, seq) == (BORROW, 5)
     assert isinstance(wish, Wish)
     assert (wish.names, wish.exclusive, wish.timeout) == (("web",), True, 2_500_000_000)
@@ -76,7 +86,7 @@ def test_what_was_seen_before_is_decoded_once() -> None:
 def test_other_encodings_of_the_same_request_are_welcome() -> None:
     for seq in (5, 200, 70_000, 2**40):
         packed = msgpack.packb([BORROW, seq, "web", 0, None, ""])
-        verb, found, wish = decode_request(packed)
+        verb, found, wish = learn(packed)
         assert (verb, found, wish.names) == (BORROW, seq, ("web",))
     for key, (verb, wish) in KNOWN.items():  # only what has the seq in nine bytes
         rebuilt = key[:3] + (77).to_bytes(8, "big") + key[3:]
@@ -98,20 +108,20 @@ def test_other_encodings_of_the_same_request_are_welcome() -> None:
 )
 def test_what_only_looks_like_a_known_request_is_checked(change) -> None:
     good = request(5, BORROW, "web", 0, None, "")
-    decode_request(good)
+    learn(good)
     with pytest.raises(ProtocolError):
-        decode_request(change(good))
+        learn(change(good))
     assert len(KNOWN) == 1
 
 
 def test_what_is_known_is_bounded() -> None:
     for number in range(3 * KNOWN_REQUESTS):
-        decode_request(request(1, BORROW, f"name-{number}", 0, None, ""))
+        learn(request(1, BORROW, f"name-{number}", 0, None, ""))
         assert len(KNOWN) <= KNOWN_REQUESTS
     KNOWN.clear()
-    decode_request(request(1, BORROW, ["n" * 250] * 10, 0, None, ""))
+    learn(request(1, BORROW, ["n" * 250] * 10, 0, None, ""))
     assert not KNOWN
-    decode_request(request(1, BORROW, "n" * 100, 0, None, "p" * 128))
+    learn(request(1, BORROW, "n" * 100, 0, None, "p" * 128))
     assert all(len(key) <= KNOWN_BYTES for key in KNOWN)
     assert KNOWN
 
@@ -125,7 +135,7 @@ def test_nothing_wrong_becomes_known() -> None:
         ("ü" * 128, 0, None, ""),
     ):
         with pytest.raises(ProtocolError):
-            decode_request(request(1, BORROW, *fields))
+            learn(request(1, BORROW, *fields))
     assert not KNOWN
 
 
@@ -139,6 +149,7 @@ def test_every_answer_fits_what_a_client_receives() -> None:
         CloseFailed(name, "r" * REASON_CHARS),
         RetireTimeout(name, 1e9, 2**20),
         UnknownEntry(name),
+        NotPermitted(2**32 - 2, "borrow", name),
         *(UnsupportedKind("connected unix socket", reason) for reason in reasons),
     ):
         assert len(encode_error(seq, error)) <= REPLY_BYTES

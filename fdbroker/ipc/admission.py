@@ -1,0 +1,75 @@
+"""Admission: the rules, as they hold for each connection.
+
+Who a peer is, the kernel says, and it says what was true at the connect, for as long as the socket
+is there.  So nothing of that is kept: when rules change, it is asked again.
+
+A request is looked at by the rules that hold when it is taken up.  What was granted before stays:
+a loan until it is returned, a place in the waiting line, a put that a worker looks at.  So does
+the connection of a peer that is no longer admitted: it may return what it has, and gets nothing.
+
+A request that is said again by a peer who may do everything is not looked at twice (messages.py).
+That holds for the others as well, but what *they* said before, and were not refused, is remembered
+apart, one table for all who have the same rights, and forgotten with the rules.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from fdbroker.errors import NotPermitted
+from fdbroker.ipc import unix
+from fdbroker.ipc.messages import KNOWN, VERBS
+from fdbroker.lender.names import check_name
+from fdbroker.lender.rules import ROOT, Rights, Rule, Rules
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.connection import Connection
+
+
+class Admission:
+    """Who may do what at one broker."""
+
+    def __init__(self, rules: tuple[Rule, ...] = ()) -> None:
+        unknown_uid, unknown_gid = unix.unknown_ids()
+        self.rules = Rules(rules, os.geteuid(), unknown_uid=unknown_uid, unknown_gid=unknown_gid)
+        self._known: dict[Rights, dict[bytes, tuple[int, Any]]] = {}
+
+    def look_at(self, connection: Connection) -> None:
+        """Note what its peer may do."""
+        peer, groups = connection.peer, set[int]()
+        if self.rules.gids and peer.uid != ROOT:
+            groups = {peer.gid, *unix.groups(connection.sock)}
+        rights = connection.rights = self.rules.rights(peer.uid, groups)
+        connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
+
+    def check_hello(self, connection: Connection, puts: bool) -> None:
+        """Raise `NotPermitted` unless it may connect, and bring descriptors if it says so."""
+        if not connection.rights.admitted:
+            uid = connection.peer.uid
+            raise NotPermitted(-1 if uid == self.rules.unknown_uid else uid, "connect")
+        if puts and not connection.rights.may_somewhere("put"):
+            raise NotPermitted(connection.peer.uid, "put")
+
+
+def check_right(at: Connection, verb: int, name: str | bytes) -> None:
+    """Raise `NotPermitted` unless its peer may do that with the entry `name`, which need not exist.
+
+    A ticket says by itself that one may, as long as its bearer is admitted.  "" is what has no
+    name.  `BadName` for a name that is none: so what is refused can be logged as it is.
+    """
+    rights, right = at.rights, VERBS[verb].right
+    if isinstance(name, bytes):
+        if not rights.admitted:
+            raise NotPermitted(at.peer.uid, "connect")
+    elif not rights.may(right, name):
+        if name:
+            check_name(name)
+        raise NotPermitted(at.peer.uid, right, name or "*")
+
+
+def check_right_somewhere(at: Connection, verb: int) -> None:
+    """Raise `NotPermitted` if there is no name that its peer may do that with."""
+    right = VERBS[verb].right
+    if not at.rights.may_somewhere(right):
+        raise NotPermitted(at.peer.uid, right)
