@@ -13,6 +13,7 @@ from importlib import import_module
 from fdbroker import __version__
 from fdbroker.cli import output, status
 from fdbroker.cli.options import Parser
+from fdbroker.cli.status import Misuse
 from fdbroker.errors import FDBrokerError
 
 COMMANDS = {  # and what the list of them says
@@ -50,9 +51,9 @@ def _run(arguments: list[str]) -> int:
         return int(end.code or 0)
     except BrokenPipeError:
         raise
-    except (FDBrokerError, OSError) as error:
+    except (Misuse, FDBrokerError, OSError) as error:
         output.complain(status.sentence(error))
-        return status.of(error)
+        return status.status_of(error)
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

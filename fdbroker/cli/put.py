@@ -14,10 +14,10 @@ from functools import partial
 from time import monotonic, sleep
 
 from fdbroker import openers
-from fdbroker.cli import status
 from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import complain
-from fdbroker.errors import BadResource, FDBrokerError, NameTaken, NotPermitted
+from fdbroker.cli.status import DONE, Misuse, status_of
+from fdbroker.errors import FDBrokerError, NameTaken, NotPermitted
 from fdbroker.ipc.client import Client, EntryInfo
 from fdbroker.lender.names import check_name
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     check_name(options.name)
     (how, what), *more = options.resources
     if more:
-        raise BadResource(more[0][0], more[0][1], "it is one descriptor at a time")
+        raise Misuse(f"--{more[0][0]} {more[0][1]}: one descriptor is put at a time")
     with Client(options.socket) as client:
         try:
             fd = _made(client, options, how, what)
@@ -95,10 +95,10 @@ def run(options: argparse.Namespace) -> int:
             raise
         except OSError as error:
             complain(f"--{how} {what}: {_reason(client, how, what, error)}")
-            return status.of(error)
+            return status_of(error)
         if fd is not None:
             _put(client, options, how, fd)
-    return status.DONE
+    return DONE
 
 
 def _made(client: Client, options: argparse.Namespace, how: str, what: str) -> int | None:
