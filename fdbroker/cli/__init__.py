@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from errno import EPIPE
 from importlib import import_module
 
 from fdbroker import __version__
@@ -27,20 +28,16 @@ COMMANDS = {  # and what the list of them says
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit status, one of `status.MEANINGS`."""
-    output.escape_what_cannot_be_encoded()
     try:
-        result = _run(sys.argv[1:] if arguments is None else arguments)
-        output.flush()
-    except BrokenPipeError:
-        output.drop()
-        return status.NO_READER
-    except OSError as error:  # of the flush: ENOSPC, EIO
-        output.drop()
-        output.complain(f"the output cannot be written: {error.strerror}")
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except output.Unwritable as error:
+        number, reason = error.args
+        if number == EPIPE:
+            return status.NO_READER
+        output.complain(f"the output cannot be written: {reason}")
         return status.FAILED
     except KeyboardInterrupt:
         return status.INTERRUPTED
-    return result
 
 
 def _run(arguments: list[str]) -> int:
@@ -49,8 +46,6 @@ def _run(arguments: list[str]) -> int:
         return int(options.run(options))
     except SystemExit as end:  # argparse has said why
         return int(end.code or 0)
-    except BrokenPipeError:
-        raise
     except (Misuse, FDBrokerError, OSError) as error:
         output.complain(status.sentence(error))
         return status.status_of(error)

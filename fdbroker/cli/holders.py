@@ -52,33 +52,34 @@ class Holders:
             print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
-        said, pause = "", MOMENT_SECONDS
+        said, before, pause = "", "", MOMENT_SECONDS
         while not self._over.wait(pause):
             pause = EVERY_SECONDS
             try:
-                now = self._sentence()
+                now = self._whom()
             except (FDBrokerError, OSError):  # who waits is told the same, and says it
                 return
-            if now != said and not self._over.is_set():
-                self._say(now)
-                said = now
+            if not now and before:  # the close that follows the last return takes no time ...
+                before = now
+                continue
+            before = now
+            sentence = f"{self._name}: waiting for {now or 'its close'}"  # ... or it does
+            if sentence != said and not self._over.is_set():
+                self._say(sentence)
+                said = sentence
 
-    def _sentence(self) -> str:
-        """For whom we wait, by when they came."""
-        loans = [loan for loan in self._client.loans(self._name) if self._is_meant(loan.generation)]
+    def _whom(self) -> str:
+        """For whom we wait, by when they came; nobody is empty."""
+        loans = self._client.loans(self._name)
+        loans = [loan for loan in loans if loan.generation == self._generation]
         for loan in loans:
             if loan.pid not in self._processes:
                 self._processes[loan.pid] = loan.process
         pids = list(dict.fromkeys(loan.pid for loan in sorted(loans, key=lambda one: one.since)))
-        if not pids:
-            return f"{self._name}: waiting for its close"
         named = [self._described(pid) for pid in pids[:NAMED]]
         if len(pids) > NAMED:
             named.append(f"and {len(pids) - NAMED} more")
-        return f"{self._name}: waiting for {', '.join(named)}"
-
-    def _is_meant(self, generation: int) -> bool:
-        return generation == self._generation
+        return ", ".join(named)
 
     def _described(self, pid: int) -> str:
         process = printable(self._processes[pid])

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from fdbroker.cli import status
-from fdbroker.cli.output import complain
+from fdbroker.cli.output import complain, write
 
 # with a width of its own: to ask the terminal, argparse imports shutil, and so zlib, bz2 and lzma
 HelpFormatter = partial(argparse.RawDescriptionHelpFormatter, width=78)
@@ -23,6 +23,10 @@ class Parser(argparse.ArgumentParser):
         command = self.prog.removeprefix("fdbroker").lstrip()
         complain(f"{command + ': ' if command else ''}{message} ({self.prog} --help)")
         self.exit(status.MISUSE)
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Help and version; argparse itself passes over what fails here."""
+        write(message)
 
 
 def add_socket(parser: argparse.ArgumentParser) -> None:

@@ -38,33 +38,34 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     lines = [tuple(header), *(tuple(printable(cell) or "-" for cell in row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths[-1] = 0
-    for line in lines:
-        print("  ".join(map(str.ljust, line, widths)))
+    write("".join("  ".join(map(str.ljust, line, widths)) + "\n" for line in lines))
 
 
 def print_json(value: Any) -> None:
     """As one JSON text, in ASCII."""
     import json
 
-    print(json.dumps(value, indent=2))
+    write(json.dumps(value, indent=2) + "\n")
 
 
-def flush() -> None:
-    """Have everything written, so that what fails is known while it can be said."""
-    if sys.stdout is not None:
+class Unwritable(Exception):
+    """stdout did not take the answer; the errno, and what it stands for."""
+
+
+def write(text: str) -> None:
+    """Have all of `text` written now, so that what fails is known while it can be said.
+
+    What the encoding of stdout lacks is escaped.  `Unwritable`.
+    """
+    if sys.stdout is None:  # it was closed when we were started
+        return
+    left = text.encode(sys.stdout.encoding, "backslashreplace")
+    try:
+        while left:  # an unbuffered stdout may take a part of it
+            left = left[sys.stdout.buffer.write(left) :]
         sys.stdout.flush()
-
-
-def drop() -> None:
-    """Give up what is not written yet; else the interpreter would try again at its end."""
-    if sys.stdout is not None:
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stdout.fileno())  # where the interpreter writes the rest at its end
         os.close(nowhere)
-
-
-def escape_what_cannot_be_encoded() -> None:
-    """A terminal that knows no UTF-8 gets escapes, not an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        raise Unwritable(error.errno, error.strerror) from None

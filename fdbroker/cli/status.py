@@ -64,9 +64,10 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, errors.UnknownEntry) and not error.nearest:
         return f'no entry "{error.name}": fdbroker ls lists what there is, fdbroker put makes one'
     if isinstance(error, errors.RetireTimeout):
+        loans = "1 loan is" if error.loans == 1 else f"{error.loans} loans are"
         return (
-            f'"{error.name}" is retired, but after {error.seconds:g} s {error.loans} loans are '
-            f"out: the last return closes it, fdbroker loans {error.name} names the borrowers"
+            f'"{error.name}" is retired, but after {errors.duration(error.seconds)} {loans} out: '
+            f"the last return closes it, fdbroker loans {error.name} names the borrowers"
         )
     if type(error).__module__ == "builtins" and isinstance(error, OSError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
