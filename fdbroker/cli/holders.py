@@ -52,19 +52,20 @@ class Holders:
             print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
+        try:
+            self._tell_until_over()
+        except (FDBrokerError, OSError):
+            pass  # who waits is told the same, and says it; or nobody reads stderr
+
+    def _tell_until_over(self) -> None:
         said, before, pause = "", "", MOMENT_SECONDS
         while not self._over.wait(pause):
             pause = EVERY_SECONDS
-            try:
-                now = self._whom()
-            except (FDBrokerError, OSError):  # who waits is told the same, and says it
-                return
-            if not now and before:  # the close that follows the last return takes no time ...
-                before = now
-                continue
+            now = self._whom()
+            closes = not now and before != ""  # it follows the last return and takes no time ...
             before = now
-            sentence = f"{self._name}: waiting for {now or 'its close'}"  # ... or it does
-            if sentence != said and not self._over.is_set():
+            sentence = f"{self._name}: waiting for {now or 'its close'}"  # ... unless it does
+            if sentence != said and not closes and not self._over.is_set():
                 self._say(sentence)
                 said = sentence
 

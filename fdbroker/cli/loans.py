@@ -34,13 +34,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print them."""
+    """Print them, by entry and age."""
     if options.name is not None:
         check_name(options.name)
     with Client(options.socket) as client:
         found = client.loans(options.name)
         if not found and options.name is not None:
             _check_entry(client, options.name)
+    found.sort(key=lambda loan: (loan.entry, loan.since))
     if options.json:
         print_json([loan._asdict() | {"process": loan.process} for loan in found])
     elif found:

@@ -28,9 +28,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print them."""
+    """Print them, by name."""
     with Client(options.socket) as client:
         found = [entry for entry in client.entries() if _is_meant(entry, options.patterns)]
+    found.sort(key=lambda entry: (entry.name, entry.generation))
     if options.json:
         print_json([entry._asdict() for entry in found])
     elif found:
