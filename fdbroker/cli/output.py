@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def printable(text: object) -> str:
 
 
 def complain(text: object) -> None:
-    """One line on stderr, if there is one: ``fdbroker: ...``."""
+    """One line on stderr, if anybody reads that: ``fdbroker: ...``."""
     if sys.stderr is not None:
-        print(f"fdbroker: {printable(text)}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"fdbroker: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
