@@ -12,10 +12,12 @@ from functools import partial
 from importlib import import_module
 
 from fdbroker import __version__
+from fdbroker.cli.status import Misuse, status_of
 from fdbroker.errors import FDBrokerError
 
 COMMANDS = {  # and what the list of them says
     "serve": "run a broker in the foreground",
+    "exec": "borrow descriptors and become the program that uses them",
 }
 
 # with a width of its own: to ask the terminal, argparse imports shutil, and so zlib, bz2 and lzma
@@ -23,14 +25,14 @@ HelpFormatter = partial(argparse.RawDescriptionHelpFormatter, width=78)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the result is its exit status: 0, 1 for an error, 2 for misuse."""
+    """Run the command; the result is its exit status (status.py)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(arguments).parse_args(arguments)
     try:
         return int(options.run(options))
-    except (FDBrokerError, OSError) as error:
-        print(f"fdbroker: {error}", file=sys.stderr)
-        return 1
+    except (Misuse, FDBrokerError, OSError, KeyboardInterrupt) as error:
+        print(f"fdbroker: {error or 'interrupted'}", file=sys.stderr)
+        return status_of(error)
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
