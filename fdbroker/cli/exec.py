@@ -9,9 +9,8 @@ is what everybody waits for who starts a server, so it is kept short.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # type: ignore[import-not-found]
 from fcntl import LOCK_EX, flock
-from signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal
 from time import monotonic, sleep
 
 from fdbroker.cli import placing
@@ -25,6 +24,7 @@ from fdbroker.errors import (
     UnknownEntry,
 )
 from fdbroker.ipc.client import Client
+from fdbroker.lean import suppress
 from fdbroker.lender.names import check_name
 
 TYPE_CHECKING = False
@@ -53,6 +53,49 @@ EXAMPLES = """\
 The loan's own descriptor has its number in $FDBROKER_LOAN_FD (several of them
 are joined by ":").  A program that closes all it does not know at its start
 gives the loan back early: it loses nothing, only the count is short then."""
+
+
+class Options:
+    """What was asked for, as far as nothing was said."""
+
+    def __init__(self) -> None:
+        self.fd: list[str] = []
+        self.listen: list[str] = []
+        self.listen_fds = False
+        self.wait = 0.0
+        self.purpose = ""
+        self.socket: str | None = None
+        self.command: list[str] = []
+
+
+def quickly(words: list[str]) -> Options | None:
+    """The options as nearly everybody gives them, each in full, its value after it, ``-- CMD``.
+
+    argparse takes as long to import as all the rest; it is left what is not so: None.
+    """
+    options, rest = Options(), iter(words)
+    for word in rest:
+        if word == "--":
+            options.command = list(rest)
+            return options
+        if word == "--listen-fds":
+            options.listen_fds = True
+            continue
+        value = next(rest, "-")
+        if value.startswith("-"):
+            return None
+        if word in ("--fd", "--listen"):
+            getattr(options, word[2:]).append(value)
+        elif word in ("--purpose", "--socket"):
+            setattr(options, word[2:], value)
+        elif word == "--wait":
+            try:
+                options.wait = float(value)
+            except ValueError:
+                return None
+        else:
+            return None
+    return None
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +129,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command", metavar="CMD", nargs="...", help="and its arguments")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace | Options) -> int:
     """Become the program; returns only if that cannot be done."""
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:

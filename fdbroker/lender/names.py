@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from fdbroker.errors import BadName
 
-_NAME = re.compile(r"[A-Za-z0-9._/@-]{1,255}")
+NAME_CHARS = 255  # as a file's name (NAME_MAX)
+_ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/@-")
 
 
 def check_name(name: str) -> None:
     """Raise `BadName` unless `name` can be an entry's."""
-    if not _NAME.fullmatch(name):
+    if not (0 < len(name) <= NAME_CHARS and _ALLOWED.issuperset(name)):
         raise BadName(name)
