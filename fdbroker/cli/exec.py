@@ -307,7 +307,7 @@ def _become(
     environment["FDBROKER_LOAN_FD"] = ":".join(map(str, sessions))
     try:
         numbers = placing.place([(lent[one.name], one.number) for one in wanted], targets)
-        words = _filled_in(command, dict(zip((one.name for one in wanted), numbers, strict=True)))
+        words = _filled_in(command, [one.name for one in wanted], numbers)
         for number in IGNORED_BY_PYTHON:
             signal(number, SIG_DFL)
         os.execvpe(words[0], words, environment)
@@ -324,11 +324,11 @@ def _become(
         os._exit(status)
 
 
-def _filled_in(command: list[str], numbers: dict[str, int]) -> list[str]:
-    """The command with the number of each descriptor for its name in braces."""
+def _filled_in(command: list[str], names: list[str], numbers: list[int]) -> list[str]:
+    """The command with the number of each descriptor, its first one, for its name in braces."""
     words = []
     for word in command:
-        for name, number in numbers.items():
+        for name, number in zip(names, numbers, strict=True):
             word = word.replace(f"{{{name}}}", str(number))
         words.append(word)
     return words

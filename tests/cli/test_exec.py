@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -493,3 +494,21 @@ def test_what_is_opened_until_it_becomes_the_program(broker, files, tmp_path, st
     for module in heavy.split():
         for path in opened:
             assert not re.search(rf"/{module}(/|\.|$)", path), path
+
+
+def test_it_starts_within_three_times_a_bare_python(broker, files):
+    """As the contract has it; in CPU time, since that of the clock is also everybody else's."""
+    python = [sys.executable, "-I", "-c", "pass"]
+    words = ["exec", "--socket", broker.address, "--fd", "a", "--", "true"]
+    environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its bytecode
+
+    def seconds(*command: str | Path) -> float:
+        pid = os.posix_spawn(command[0], [os.fspath(word) for word in command], environment)
+        _, status, used = os.wait4(pid, 0)
+        assert status == 0
+        return used.ru_utime + used.ru_stime
+
+    seconds(FDBROKER, *words)  # which writes it
+    ratios = [seconds(FDBROKER, *words) / seconds(*python) for _ in range(15)]
+    assert median(ratios) < 3, ratios
