@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import cycle, rc
+from benchmarks import cycle, rc, startup
 from benchmarks.harness import POLICIES, Result, machine, measure, place
 from benchmarks.table import VOID, judge, table
 
-TOPICS = {topic.name: topic for topic in (cycle.TOPIC, rc.TOPIC)}
+TOPICS = {topic.name: topic for topic in (cycle.TOPIC, rc.TOPIC, startup.TOPIC)}
 
 
 def main() -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fdbroker.ipc.address import default_address
-from fdbroker.ipc.client import Client, HasFileno, client_at
+from fdbroker.ipc.client import Client, client_at
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from fdbroker.ipc.client import HasFileno
     from fdbroker.ipc.loan import Loan
 
 _address: str | None = None

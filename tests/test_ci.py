@@ -20,6 +20,7 @@ fi
 """
 OPTIONAL = {
     "strace": "the package strace",
+    "nginx": "the package nginx",
     "cc": "the package gcc",
     "python3.12": "Python 3.12",
     "python3.13": "Python 3.13",

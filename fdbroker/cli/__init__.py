@@ -6,16 +6,17 @@ returns the exit status (status.py).  Errors are one line on stderr.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from errno import EPIPE
-from importlib import import_module
 
 from fdbroker import __version__
 from fdbroker.cli import output, status
-from fdbroker.cli.options import Parser
 from fdbroker.cli.status import Misuse
 from fdbroker.errors import FDBrokerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
 
 COMMANDS = {  # and what the list of them says
     "serve": "run a broker in the foreground",
@@ -23,6 +24,7 @@ COMMANDS = {  # and what the list of them says
     "ls": "list the entries",
     "loans": "list who has what on loan",
     "retire": "take an entry out; its last return closes it",
+    "exec": "borrow descriptors and become the program that uses them",
 }
 
 
@@ -42,6 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
+        if arguments[:1] == ["exec"]:
+            from fdbroker.cli import exec
+
+            usual = exec.quickly(arguments[1:])
+            if usual is not None:
+                return exec.run(usual)
         options = _parser(arguments).parse_args(arguments)
         return int(options.run(options))
     except SystemExit as end:  # argparse has said why
@@ -53,6 +61,10 @@ def _run(arguments: list[str]) -> int:
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     """Knows all commands by name, and the first one that is named by its options."""
+    from importlib import import_module
+
+    from fdbroker.cli.options import Parser
+
     parser = Parser(
         prog="fdbroker",
         description="Keep open file descriptors under names and lend them to other processes.",

@@ -9,10 +9,9 @@ Everything else is `Session.take_loan` and its like.
 from __future__ import annotations
 
 import struct
+from _thread import get_ident  # the one of `threading`, which costs too much at a start
 from collections.abc import Callable
 from itertools import starmap
-from threading import get_ident
-from typing import TYPE_CHECKING
 
 from fdbroker.errors import BrokerGone
 from fdbroker.ipc import messages
@@ -26,6 +25,7 @@ from fdbroker.ipc.unix import SEND
 from fdbroker.ipc.wire import StaleSession
 from fdbroker.lender.names import check_name
 
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
 if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
 

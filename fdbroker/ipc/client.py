@@ -9,9 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from time import CLOCK_BOOTTIME, clock_gettime, time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fdbroker.descriptors import Kind, inspect
 from fdbroker.errors import BrokerGone, FDBrokerError, NotPermitted, UnknownEntry
 from fdbroker.ipc.address import default_address
 from fdbroker.ipc.borrowing import borrow, check_ticket, check_timeout, known, prepare
@@ -28,23 +26,26 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.ipc.pool import TRIES, Pool
 from fdbroker.ipc.wire import StaleSession
+from fdbroker.lean import NamedTuple
 from fdbroker.lender.names import check_name
 
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
+    from typing import Any, Protocol
 
     from fdbroker.ipc.loan import Loan
     from fdbroker.ipc.shared import SharedFD
 
+    class HasFileno(Protocol):
+        """Anything with a descriptor."""
+
+        def fileno(self) -> int: ...
+
+
 NEAREST_NAMES = 2  # that an UnknownEntry suggests
 NAMES_LOOKED_AT = 1000  # for that, at most
-
-
-class HasFileno(Protocol):
-    """Anything with a descriptor."""
-
-    def fileno(self) -> int: ...
 
 
 class EntryInfo(NamedTuple):
@@ -219,6 +220,8 @@ class Client:
                 continue
             except OSError as error:
                 if error.errno == errno.EINVAL:  # what the kernel itself refuses to send: io_uring
+                    from fdbroker.descriptors import inspect
+
                     inspect(fd)
                 raise
             finally:
@@ -247,6 +250,8 @@ class Client:
         return list(self._entries())
 
     def _entries(self) -> Iterator[EntryInfo]:
+        from fdbroker.descriptors import Kind
+
         cursor, since_boot = 0, _boot()
         while True:
             cursor, rows = self._request(ENTRIES, cursor, pages=True)

@@ -18,27 +18,29 @@ lock; what they cannot do at once they leave in `later`, and whoever leaves the 
 from __future__ import annotations
 
 import os
-import threading
+from _thread import RLock, get_ident  # as in `threading`, which costs too much at a start
 from _thread import _count as other_threads  # threading.active_count() takes a lock, and long
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 from weakref import WeakSet
+
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Forked(Protocol):
+        """What a session must do at a fork; the gate is held, and all may be done twice."""
+
+        def mark_at_fork(self, thread: int, in_child: bool) -> None:
+            """`thread` has forked, and in the child it is the only one: note what is split."""
+
+        def close_in_child(self) -> None:
+            """Close what stays with the parent."""
+
 
 __all__ = ["GATE", "catch_up", "catching_up", "in_finalizer", "later", "other_threads", "sessions"]
 
-
-class Forked(Protocol):
-    """What a session must do at a fork; the gate is held, and all of it may be done twice."""
-
-    def mark_at_fork(self, thread: int, in_child: bool) -> None:
-        """`thread` has forked, and in the child it is the only one: note what is split."""
-
-    def close_in_child(self) -> None:
-        """Close what stays with the parent."""
-
-
-GATE = threading.RLock()  # reentrant: a signal handler may fork, a finalizer may close
+GATE = RLock()  # reentrant: a signal handler may fork, a finalizer may close
 sessions: WeakSet[Forked] = WeakSet()  # all of this process
 
 
@@ -103,7 +105,7 @@ def in_finalizer(action: Callable[[], None]) -> None:
 
 
 def _mark(in_child: bool) -> None:
-    thread = threading.get_ident()  # the forking thread's: pthread_self() survives the fork
+    thread = get_ident()  # the forking thread's: pthread_self() survives the fork
     for session in list(sessions):
         session.mark_at_fork(thread, in_child)
 

@@ -6,26 +6,25 @@ Most loans have neither, so a session has a `Holding` only once there is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from socket import socket
-from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
 from fdbroker.ipc import forks, wrappers
 from fdbroker.ipc.wrappers import Wrapper
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
 
+    class Returning(Protocol):
+        """What a lifeline ends: a session."""
 
-class Returning(Protocol):
-    """What a lifeline ends: a session."""
+        @property
+        def let_go(self) -> Callable[[], None]: ...
 
-    @property
-    def let_go(self) -> Callable[[], None]: ...
-
-    @property
-    def holding(self) -> Holding | None: ...
+        @property
+        def holding(self) -> Holding | None: ...
 
 
 class Lifeline:

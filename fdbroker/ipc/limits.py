@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from resource import RLIMIT_NOFILE, getrlimit  # none is left to import it when it is needed
 
 from fdbroker.errors import TooManyFiles
 
 
 def too_many_files(side: str) -> TooManyFiles:
     """The error that names the limit of this process, and its use."""
-    return TooManyFiles(side, getrlimit(RLIMIT_NOFILE)[0], descriptors_in_use())
+    return TooManyFiles(side, limit(), descriptors_in_use())
+
+
+def limit() -> int:
+    """The soft RLIMIT_NOFILE (sysconf(3); `resource` is no module to import when none is left)."""
+    return os.sysconf("SC_OPEN_MAX")
 
 
 def descriptors_in_use() -> int:
@@ -18,4 +22,4 @@ def descriptors_in_use() -> int:
     try:
         return len(os.listdir("/proc/self/fd")) - 1  # the listing's own
     except OSError:  # no number left to open the folder with
-        return getrlimit(RLIMIT_NOFILE)[0]
+        return limit()

@@ -11,26 +11,26 @@ borrower: the offset, O_NONBLOCK and locks are everybody's.  So use `os.pread`, 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import mmap
 import os
-import socket
 from time import CLOCK_BOOTTIME, clock_gettime, time
-from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
-from fdbroker.ipc import owned, wrappers
-from fdbroker.ipc.forks import GATE, catching_up, in_finalizer, other_threads
-from fdbroker.ipc.holding import Holding, Lifeline
+from fdbroker.ipc import owned
+from fdbroker.ipc.forks import GATE, catching_up, other_threads
 from fdbroker.ipc.messages import HEAD, decode_reply
 from fdbroker.ipc.session import RETURN_HEAD
 from fdbroker.ipc.unix import SEND_NOW
 from fdbroker.ipc.wire import until_exit
 
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
 if TYPE_CHECKING:
+    import mmap
+    import socket
     from types import TracebackType
+    from typing import IO, Any, NoReturn
 
+    from fdbroker.ipc.holding import Holding
     from fdbroker.ipc.session import Session
 
 close_number, pack_head = os.close, HEAD.pack
@@ -100,6 +100,8 @@ class Loan:
     def _holding(self) -> Holding:
         """Where a wrapper or a mapping is noted.  Under the gate, as is what it is made of: else
         another thread may close the loan, and a stranger has its number."""
+        from fdbroker.ipc.holding import Holding  # a loan that has none needs no code for it
+
         session = self._held()
         if session.holding is None:
             session.holding = Holding()
@@ -110,6 +112,8 @@ class Loan:
 
         Its `settimeout` makes the *description* non-blocking, for the broker and all borrowers.
         """
+        from fdbroker.ipc import wrappers
+
         with catching_up, GATE:
             holding = self._holding()
             sock = wrappers.socket_of(self.fileno(name))
@@ -123,6 +127,8 @@ class Loan:
 
         ``"w"`` does not truncate, and every mode goes on at the offset that all borrowers share.
         """
+        from fdbroker.ipc import wrappers
+
         called = name or self.entry or "shared"
         with catching_up, GATE:
             holding = self._holding()
@@ -143,13 +149,18 @@ class Loan:
         `access` is mmap.ACCESS_READ or ACCESS_WRITE, by default what the descriptor allows.  The
         loan ends when it is closed *and* the last mapping is, or was garbage-collected.
         """
+        import mmap
+
+        from fdbroker.ipc.holding import Lifeline
+        from fdbroker.ipc.mapping import Mapping
+
         with catching_up, GATE:
             session, holding = self._held(), self._holding()
             fd = self.fileno(name)
             if access is None:
                 writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
                 access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            mapping = _Mapping(fd, length, access=access, offset=offset)
+            mapping = Mapping(fd, length, access=access, offset=offset)
             if holding.lifeline is None:
                 holding.lifeline = Lifeline(session)
             mapping.of = session, holding.lifeline
@@ -234,25 +245,3 @@ class Loan:
         session = getattr(self, "_session", None)
         state = "closed" if session is None or session.forked else f"fd {session.fds[0]}"
         return f"<Loan of {names}, {state}>"
-
-
-class _Mapping(mmap.mmap):
-    """A mapping that holds its loan until it is unmapped."""
-
-    of: tuple[Session, Lifeline] | None = None
-
-    def close(self) -> None:
-        """Unmap; BufferError while an array or a memoryview still looks at it."""
-        with catching_up, GATE:  # a mapping has a descriptor of its own, which ends here
-            super().close()
-            self.of = None
-
-    def _end(self) -> None:
-        with contextlib.suppress(BufferError):  # what looks at it ends with it: they are a cycle
-            self.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        in_finalizer(self._end)

@@ -20,15 +20,19 @@ a third of the time.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import msgpack
 
 from fdbroker import errors
 from fdbroker.errors import FDBrokerError, ProtocolError
-from fdbroker.lender.books import SECOND
-from fdbroker.lender.parts import Wish
+from fdbroker.lean import NamedTuple
+
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from fdbroker.lender.parts import Wish
 
 VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
@@ -87,7 +91,7 @@ class Verb(NamedTuple):
 
 
 def _nanoseconds(timeout: float | None) -> int | None:
-    return None if timeout is None else int(timeout * SECOND)
+    return None if timeout is None else int(timeout * 1_000_000_000)
 
 
 def _retire(fields: list[Any]) -> tuple[str | bytes, bool, int | None]:
@@ -96,6 +100,8 @@ def _retire(fields: list[Any]) -> tuple[str | bytes, bool, int | None]:
 
 
 def _wish(fields: list[Any]) -> Wish:
+    from fdbroker.lender.parts import Wish  # the broker's alone
+
     names, flags, timeout, purpose = fields
     return Wish(
         tuple(names) if type(names) is list else (names,),

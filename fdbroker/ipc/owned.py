@@ -10,18 +10,21 @@ thread can come between the taking of a right and the close, and to close again 
 
 from __future__ import annotations
 
+import _socket
 import os
-import socket
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 from fdbroker.ipc.messages import MESSAGE_BYTES, REPLY_BYTES
 from fdbroker.ipc.unix import ANCILLARY_BYTES, INT, LOST, RECEIVE, RECEIVE_NOW, SCM_RIGHTS
 from fdbroker.ipc.unix import SOL_SOCKET as SOCKET
 
-Message = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as recvmsg returns it
-Owned = list[Any]  # of Message, or Iterator[int] in its place
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+if TYPE_CHECKING:
+    from typing import Any
+
+    Message = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as recvmsg returns it
+    Owned = list[Any]  # of Message, or Iterator[int] in its place
 
 # the arguments of recvmsg, ready for `starmap`
 Arguments = tuple[tuple[int, int, int]]
@@ -31,7 +34,7 @@ ONE_PAGE = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE),)
 ONE_PAGE_NOW = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
 
 
-class Numbers(list[Any]):
+class Numbers(list):  # type: ignore[type-arg]  # of anything: it is an `Owned`
     """An `Owned` that closes what is left in it when it goes, whatever became of its session."""
 
     __slots__ = ()
@@ -42,7 +45,7 @@ class Numbers(list[Any]):
 
 def message_with(descriptors: int) -> Arguments:
     """The same for a message that brings so many descriptors: more are lost on the way."""
-    return ((REPLY_BYTES, socket.CMSG_SPACE(descriptors * INT.size), RECEIVE),)
+    return ((REPLY_BYTES, _socket.CMSG_SPACE(descriptors * INT.size), RECEIVE),)
 
 
 def look_at_last(owned: Owned) -> tuple[bytes, tuple[int, ...], bool]:

@@ -8,13 +8,13 @@ them to a child, and with it a part in the ephemeral entries that they own.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from contextlib import suppress
 
 from fdbroker.errors import ClosedClientError
 from fdbroker.ipc import forks
 from fdbroker.ipc.putter import Putter
 from fdbroker.ipc.session import Session
 from fdbroker.ipc.wire import until_exit
+from fdbroker.lean import suppress
 
 IDLE_SESSIONS = 64  # kept for the next request
 TRIES = IDLE_SESSIONS + 8  # with another session, where one after the other turns out to be over

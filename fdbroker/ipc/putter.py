@@ -8,11 +8,13 @@ come on it: it lives on for the sake of its entries, and the next put takes anot
 
 from __future__ import annotations
 
-from typing import Any
-
 from fdbroker.ipc import owned, unix
 from fdbroker.ipc.messages import EPHEMERAL, PUT, REPLACE, check_reply, template
 from fdbroker.ipc.wire import Wire, until_exit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Putter(Wire):

@@ -16,18 +16,19 @@ does a loan that is dropped: with it goes its session.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import ProtocolError
 from fdbroker.ipc import forks, owned, unix
-from fdbroker.ipc.holding import Holding
 from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import BORROW, HEAD, MORE, RETURN, check_reply, encode_grant, template
 from fdbroker.ipc.wire import Wire
 
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
+    from fdbroker.ipc.holding import Holding
     from fdbroker.ipc.pool import Pool
 
 NOBODY = -1  # no thread has this identity

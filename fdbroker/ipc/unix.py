@@ -11,14 +11,15 @@ putter.py, server.py):
   *is* installed all the same, so it is owned too.
 * An empty packet looks like the end; it is never sent, and is treated as the end.
 * The end of a session is `shutdown`: a copy of the socket in another process would hide a close.
+
+The sockets are those of `_socket`, the C half of `socket`, whose other half costs a start its time.
 """
 
 from __future__ import annotations
 
-import contextlib
+import _socket
 import errno
 import os
-import socket
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -26,9 +27,10 @@ from fdbroker.errors import NoBroker, NotPermitted
 from fdbroker.ipc.address import check_path
 from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import DESCRIPTORS
+from fdbroker.lean import suppress
 
-ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS * 4)
-CREDENTIALS_BYTES = socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
+ANCILLARY_BYTES = _socket.CMSG_SPACE(DESCRIPTORS * 4)
+CREDENTIALS_BYTES = _socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 # ``ioctl(number, SIOCOUTQ, QUEUED)``, and queued[0] are the bytes sent that the peer has not read
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ; unix(7)
 # less than any unread message counts (its sk_buff alone is larger).  Not 0: the kernel wakes us
@@ -41,13 +43,13 @@ MANY_GROUPS = 65_536  # NGROUPS_MAX, linux/limits.h
 ALL_IDS = 2**32 - 1  # -1 is none (user_namespaces(7))
 OVERFLOW_ID = 65_534  # kernel.overflowuid and overflowgid, if nobody has set them
 # plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
-RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
-RECEIVE_NOW = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
-SEND = int(socket.MSG_NOSIGNAL)
-SEND_NOW = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-LOST = int(socket.MSG_CTRUNC)
+RECEIVE = int(_socket.MSG_CMSG_CLOEXEC)
+RECEIVE_NOW = int(_socket.MSG_CMSG_CLOEXEC | _socket.MSG_DONTWAIT)
+SEND = int(_socket.MSG_NOSIGNAL)
+SEND_NOW = int(_socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
+LOST = int(_socket.MSG_CTRUNC)
 INT = struct.Struct("i")
-SOL_SOCKET, SCM_RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+SOL_SOCKET, SCM_RIGHTS = int(_socket.SOL_SOCKET), int(_socket.SCM_RIGHTS)
 
 QUEUED = bytearray(INT.size)  # for the one thread that asks: to be given one takes twice as long
 queued = memoryview(QUEUED).cast("i")
@@ -115,7 +117,7 @@ class Inbox:
             self.close()
 
 
-def receive_now(sock: socket.socket, size: int) -> tuple[bytes, Inbox | None]:
+def receive_now(sock: _socket.socket, size: int) -> tuple[bytes, Inbox | None]:
     """Take one message if there is one, else BlockingIOError: its bytes, and what came with it.
 
     For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.
@@ -130,22 +132,22 @@ def receive_now(sock: socket.socket, size: int) -> tuple[bytes, Inbox | None]:
     return data, inbox
 
 
-def refuse_descriptors(sock: socket.socket) -> bool:
+def refuse_descriptors(sock: _socket.socket) -> bool:
     """Have the kernel refuse every descriptor that the peer sends (EPERM, there).
 
     False where it cannot (SO_PASSRIGHTS, Linux 6.16): then whatever is sent must be received.
     """
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        sock.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     except OSError:
         return False
     return True
 
 
-def accept_descriptors(sock: socket.socket) -> None:
+def accept_descriptors(sock: _socket.socket) -> None:
     """The opposite."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 1)
+    with suppress(OSError):
+        sock.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 1)
 
 
 def rights(fds: Sequence[int]) -> Ancillary:
@@ -153,27 +155,27 @@ def rights(fds: Sequence[int]) -> Ancillary:
     return ((SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds)),)
 
 
-def shut_down(sock: socket.socket) -> None:
+def shut_down(sock: _socket.socket) -> None:
     """End the session for good, whoever else holds a copy of the socket."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        sock.shutdown(_socket.SHUT_RDWR)
 
 
-def end(sock: socket.socket) -> None:
+def end(sock: _socket.socket) -> None:
     """The same, and close it."""
     shut_down(sock)
     sock.close()
 
 
-def never_read(sock: socket.socket) -> Iterator[list[int]]:
+def never_read(sock: _socket.socket) -> Iterator[list[int]]:
     """What is left in a socket that was shut down: message by message its descriptors, which are
     the caller's.  Else close(2) would close them, and wait where closing one takes long."""
     # a message has credentials now, however empty it is, and the end has none
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
     room = ANCILLARY_BYTES + CREDENTIALS_BYTES
     while True:
         inbox = Inbox()
-        with contextlib.suppress(ConnectionResetError):  # said once, what is left comes after it
+        with suppress(ConnectionResetError):  # said once, what is left comes after it
             inbox.raw.append(sock.recvmsg_into((bytearray(1),), room, RECEIVE_NOW))
             inbox.sort()
             if not inbox.raw[0][1]:
@@ -181,18 +183,18 @@ def never_read(sock: socket.socket) -> Iterator[list[int]]:
             yield inbox.give_away()
 
 
-def credentials(sock: socket.socket) -> tuple[int, int, int]:
+def credentials(sock: _socket.socket) -> tuple[int, int, int]:
     """(uid, gid, pid) of the peer as it was when it connected (SO_PEERCRED, unix(7))."""
     pid, uid, gid = struct.unpack(
-        "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        "3i", sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, struct.calcsize("3i"))
     )
     return uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, pid
 
 
-def groups(sock: socket.socket) -> list[int]:
+def groups(sock: _socket.socket) -> list[int]:
     """The supplementary groups of the peer as they were when it connected."""
     try:
-        data = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, FEW_GROUPS * INT.size)
+        data = sock.getsockopt(_socket.SOL_SOCKET, SO_PEERGROUPS, FEW_GROUPS * INT.size)
     except OSError as error:
         if error.errno != errno.ERANGE:  # Linux before 4.13
             return []
@@ -200,7 +202,7 @@ def groups(sock: socket.socket) -> list[int]:
     return [number & 0xFFFFFFFF for (number,) in INT.iter_unpack(data)]
 
 
-def _many_groups(sock: socket.socket) -> bytes:
+def _many_groups(sock: _socket.socket) -> bytes:
     """The same where they are more than Python's getsockopt has room for."""
     import ctypes
 
@@ -230,15 +232,15 @@ def _unknown_id(kind: str) -> int | None:
     return None if mapped >= ALL_IDS else overflow
 
 
-def client_socket() -> socket.socket:
+def client_socket() -> _socket.socket:
     """A socket that can be connected to a broker; `TooManyFiles`."""
     try:
-        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     except OSError as error:
         raise _told(error, "") from None
 
 
-def connect(address: str, sock: socket.socket | None = None) -> socket.socket:
+def connect(address: str, sock: _socket.socket | None = None) -> _socket.socket:
     """Connect to the broker at the path `address`.
 
     `NoBroker`, `NotPermitted`, `BadAddress`, `TooManyFiles`.  If this raises, the socket is

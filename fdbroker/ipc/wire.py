@@ -10,14 +10,17 @@ from __future__ import annotations
 import errno
 import select
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import starmap
 from time import monotonic
-from typing import Any, ClassVar, Self
 
 from fdbroker.errors import BrokerGone, FDBrokerError, ProtocolError, VersionMismatch
 from fdbroker.ipc import forks, messages, owned, unix
 from fdbroker.ipc.messages import CANCEL, HEAD, HELLO, Template, check_reply, decode_reply, template
+from fdbroker.lean import suppress
+
+TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+if TYPE_CHECKING:
+    from typing import Any, ClassVar, Self
 
 GRACE_SECONDS = 2.0  # after the deadline, which the broker keeps, the client gives up by itself
 BACKSTOP_SECONDS = 10**6  # a longer timeout is only the broker's (poll(2) takes 24 days)

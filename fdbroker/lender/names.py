@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 from fdbroker.errors import BadName
 
-_NAME = re.compile(r"[A-Za-z0-9._/@-]{1,255}")
+NAME_CHARS = 255  # as a file's name (NAME_MAX)
+_ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/@-")
 
 
 def check_name(name: str) -> None:
     """`BadName` unless `name` can be an entry's, TypeError if it is no str."""
     if not isinstance(name, str):
         raise TypeError(f"a name is a str, not {type(name).__name__}")
-    if not _NAME.fullmatch(name):
+    if not (0 < len(name) <= NAME_CHARS and _ALLOWED.issuperset(name)):
         raise BadName(name)

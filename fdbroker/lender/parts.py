@@ -10,12 +10,14 @@ Plain records with the states they can be in; what moves them is in `lender.py`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdbroker.lean import NamedTuple
 from fdbroker.lender.ledger import shape
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from fdbroker.rc import FD
 

@@ -21,10 +21,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LINES = 80  # an example is to be read at one glance
 
 
-def run(name: str, *, status: int = 0, before: Sequence[str] = ()) -> str:
+def run(name: str, *arguments: str, status: int = 0, before: Sequence[str] = ()) -> str:
     """What the example printed; it ended with that status and complained of nothing."""
     done = subprocess.run(
-        [*before, sys.executable, "-W", "error", EXAMPLES / name],
+        [*before, sys.executable, "-W", "error", EXAMPLES / name, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -152,3 +152,32 @@ def test_an_example_that_fails_says_so(
     )
     assert done.returncode == 1
     assert f"FAILED: {said}" in done.stdout
+
+
+def restart(server: str) -> None:
+    """The example's own verdict, and its table: nobody refused, many refused, nobody refused."""
+    pytest.importorskip(server)
+    head, *rows = run("restart_web_server.py", "--server", server).splitlines()
+    assert head.split() == [server, *["succeeded", "refused", "reset", "other", "stall", "pids"]]
+    figures = [
+        re.fullmatch(r"([a-z, ]+?)" + r" +(\d+)" * 4 + r" +\d\.\d+ s +(\d+)", r) for r in rows
+    ]
+    assert all(figures), rows
+    lent, own, overlapping = (list(map(int, found.groups()[1:])) for found in figures if found)
+    for succeeded, refused, reset, other, pids in (lent, own, overlapping):
+        assert succeeded > 100
+        assert reset <= 4 * 5 or refused  # at most what four clients had in hand at each stop
+        assert other == 0
+        assert pids == 6
+    assert lent[1] == overlapping[1] == 0
+    assert own[1] >= 100
+
+
+def test_restart_web_server() -> None:
+    restart("uvicorn")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("server", ["gunicorn", "hypercorn"])
+def test_restart_other_web_servers(server: str) -> None:
+    restart(server)
