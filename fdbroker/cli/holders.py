@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
@@ -52,10 +53,8 @@ class Holders:
             print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
-        try:
+        with suppress(FDBrokerError, OSError):  # who waits is told the same, and says it
             self._tell_until_over()
-        except (FDBrokerError, OSError):
-            pass  # who waits is told the same, and says it; or nobody reads stderr
 
     def _tell_until_over(self) -> None:
         said, before, pause = "", "", MOMENT_SECONDS

@@ -323,6 +323,18 @@ def test_there_is_no_room_for_it(broker: fdbroker.Broker, how: dict[str, Any]) -
         assert said == "the output cannot be written: No space left on device"
 
 
+@pytest.mark.parametrize("given", ["lss", "loans wbe", "ls"])
+def test_nobody_reads_what_is_wrong(
+    broker: fdbroker.Broker, given: str, how: dict[str, Any]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = command(broker, *given.split(), stderr=writer, **how)
+    os.close(writer)
+    expected = {"lss": status.MISUSE, "loans wbe": status.NO_ENTRY, "ls": status.DONE}[given]
+    assert (done.returncode, done.stdout) == (expected, "")
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("given", ["ls", "ls nothing", "loans wbe", "retire web --wait", "lss"])
 def test_standard_files_that_are_closed(broker: fdbroker.Broker, closed: str, given: str) -> None:
