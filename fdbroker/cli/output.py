@@ -11,12 +11,10 @@ from __future__ import annotations
 import os
 import sys
 
-from fdbroker.lean import suppress
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import Any
+    from typing import Any, TextIO
 
 
 def printable(text: object) -> str:
@@ -31,9 +29,12 @@ def printable(text: object) -> str:
 
 def complain(text: object) -> None:
     """One line on stderr, if anybody reads that: ``fdbroker: ...``."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(f"fdbroker: {printable(text)}", file=sys.stderr, flush=True)
+    if sys.stderr is None:
+        return
+    try:
+        print(f"fdbroker: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        _lead_nowhere(sys.stderr)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -68,7 +69,12 @@ def write(text: str) -> None:
             left = left[sys.stdout.buffer.write(left) :]
         sys.stdout.flush()
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, sys.stdout.fileno())  # where the interpreter writes the rest at its end
-        os.close(nowhere)
+        _lead_nowhere(sys.stdout)
         raise Unwritable(error.errno, error.strerror) from None
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """The interpreter writes at its end what is left in it; that shall not fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
