@@ -21,6 +21,7 @@ fi
 OPTIONAL = {
     "strace": "the package strace",
     "cc": "the package gcc",
+    "systemd-analyze": "the package systemd",
     "python3.12": "Python 3.12",
     "python3.13": "Python 3.13",
 }
