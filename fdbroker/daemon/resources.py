@@ -238,6 +238,7 @@ class Resources:
         """Take what is in `opened`; what the name is no longer free for stays in it."""
         lender, now = self._server.lender, self._server.now
         resources = {resource.name: resource for resource in wanted.entries}
+        self._server.set_rules(wanted.rules)
         vanished = self._made.keys() - resources.keys()
         for name in vanished:
             _, entry = self._made.pop(name)
@@ -259,7 +260,6 @@ class Resources:
                 'reload"',
                 name,
             )
-        self._server.set_rules(wanted.rules)
 
     def _is_theirs(self, name: str) -> bool:
         """Whether the name is that of an entry which was not made here."""

@@ -444,6 +444,17 @@ def test_of_ten_that_race_one_lives(tmp_path, stale):
             racer.stderr.close()
 
 
+def test_signals_one_upon_the_other_leave_no_socket(tmp_path):
+    for _ in range(10):
+        with served(tmp_path, "--memfd", "a=1", verbose=False) as broker:
+            broker.entries()
+            for _ in range(3):
+                broker.process.send_signal(signal.SIGTERM)
+            # the last one may find it with everything closed, and no handler any more
+            assert broker.process.wait(PATIENCE) in (0, -signal.SIGTERM)
+            assert not (tmp_path / "broker.sock").exists()
+
+
 # --- what is wrong ---
 
 TOML = "[entry.web]\nlisten = '127.0.0.1:0'\n"
