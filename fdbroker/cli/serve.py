@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 
+from fdbroker.cli.options import add_socket, seconds
 from fdbroker.errors import BadResource
 
 TYPE_CHECKING = False
@@ -33,9 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "  fdbroker serve --config fdbroker.toml --check"
     )
     parser.set_defaults(misuse=parser.error)
-    parser.add_argument(
-        "--socket", metavar="PATH", help="where to listen (default: see the README)"
-    )
+    add_socket(parser)
     parser.add_argument("--config", metavar="FILE", help="read entries, rules, settings from it")
     parser.add_argument(
         "--check", action="store_true", help="only look for mistakes in the configuration"
@@ -47,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         help="how long the end waits for loans (default: 10, or as the configuration says)",
     )
 
@@ -114,13 +113,3 @@ def _resources(options: argparse.Namespace) -> list[Resource]:
         openers.check(how, what)
         found.append(Resource(name, how, what))
     return found
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < 2**31:
-        raise ValueError
-    return seconds
-
-
-_seconds.__name__ = "number of seconds"  # as argparse calls it

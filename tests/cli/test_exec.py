@@ -305,7 +305,7 @@ def test_who_does_not_wait_is_told_who_has_it(broker, files):
             wait_until(lambda: broker.stats()["waiting"] == 1)
             waiting.send_signal(signal.SIGINT)
             _, err = waiting.communicate(timeout=PATIENCE)
-            assert (waiting.returncode, err) == (130, "fdbroker: interrupted\n")
+            assert (waiting.returncode, err) == (130, "")
 
 
 def test_some_in_turns_and_some_not(broker, files):
@@ -419,7 +419,7 @@ def test_errors_are_one_line_and_have_their_status(broker, files, tmp_path):
         (2, "a purpose has at most", [*a, "--purpose", "x" * 200, "--", "true"]),
         (2, "it is NAME=ADDR", [*a, "--listen", "8000", "--", "true"]),
         (2, "ends with a port", ["--listen", "web=localhost", "--", "true"]),
-        (1, "in use.*127.0.0.1", ["--listen", "web={taken}", "--", "true"]),
+        (1, "127.0.0.1.*in use", ["--listen", "web={taken}", "--", "true"]),
     ]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for expected, said, arguments in cases:

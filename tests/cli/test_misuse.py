@@ -69,7 +69,7 @@ MISUSE = [
     ("retire web --wait nan", "'nan' is no number of seconds"),
     ("retire --wait web", "NAME comes before --wait"),
     ("serve x", "unrecognized arguments: x"),
-    ("serve --drain soon", "invalid float value: 'soon'"),
+    ("serve --drain soon", "'soon' is no number of seconds"),
     ("serve --ready-fd one", "invalid int value: 'one'"),
 ]
 ERRORS = [
