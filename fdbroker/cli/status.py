@@ -35,7 +35,6 @@ class Misuse(Exception):
 STATUSES: tuple[tuple[type[BaseException], int], ...] = (  # the first that fits
     (Misuse, MISUSE),
     (errors.BadName, MISUSE),
-    (errors.BadAddress, MISUSE),
     (errors.BadResource, MISUSE),
     (errors.NoBroker, NO_BROKER),
     (errors.BrokerGone, NO_BROKER),

@@ -59,7 +59,7 @@ def test_a_thread_that_cannot_start_is_an_error_at_the_start(tmp_path, threads):
     (setrlimit(2)): as root another uid is taken, which has no process yet."""
     with open(tmp_path / "stderr", "wb") as said, Puppet(stderr=said) as server:
         server.do(f"""
-            import resource
+            import argparse, resource
             from fdbroker import cli
             from fdbroker.daemon import log, serve
             os.mkdir({str(tmp_path / "folder")!r})
