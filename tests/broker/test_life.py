@@ -465,13 +465,13 @@ def test_the_current_folder_is_no_place_to_import_from(temp, tmp_path_factory):
 
 
 def test_a_broker_that_cannot_start_says_how_it_ended(tmp_path_factory, monkeypatch):
-    """The path of the socket is too long (unix(7)): the program itself says so, status 1."""
+    """The path of the socket is too long (unix(7)): the program itself says so, status 2."""
     deep = tmp_path_factory.mktemp("deep") / ("d" * 100)
     deep.mkdir()
     with Puppet(stderr=subprocess.PIPE, env=os.environ | {"TMPDIR": str(deep)}) as owner:
         with pytest.raises(BrokerStartError) as caught:
             owner.do("fdbroker.Broker()")
-        assert caught.value.status == 1
+        assert caught.value.status == 2
         assert os.listdir(deep) == []
         with pytest.raises(ChildProcessError):
             owner.do("os.waitpid(-1, os.WNOHANG)")
@@ -556,4 +556,4 @@ def test_a_terminal_does_not_stop_who_logs_from_the_background():
 def test_a_terminal_does_not_stop_the_last_line_from_the_background():
     said = said_on_such_a_terminal(CANNOT_START)
     assert b"at most 107 bytes" in said
-    assert b"status 1" in said
+    assert b"status 2" in said

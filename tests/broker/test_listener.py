@@ -77,7 +77,7 @@ def test_the_command_says_so_in_one_line(tmp_path):
     path.write_text("a thesis")
     command = [sys.executable, "-m", "fdbroker", "serve", "--socket", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("fdbroker: ")
     assert done.stderr.count("\n") == 1
     assert "left alone" in done.stderr
