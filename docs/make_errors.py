@@ -30,6 +30,9 @@ SAMPLES: dict[str, object] = {  # for those whose sentence is made, not a templa
     "holders": [(812, 1000, 240.0, True)],
     "uid": 1000,
     "verb": "VERB",
+    "path": "PATH",
+    "line": 12,
+    "reason": "REASON",
 }
 
 

@@ -10,6 +10,7 @@ import logging
 import select
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from math import inf
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fdbroker.lender import Lender
 
 READABLE = int(select.EPOLLIN)
+LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
 EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
@@ -83,8 +85,9 @@ class Loop(ABC):
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
-        or after that many seconds.  None: however long it takes.  The earliest deadline holds."""
-        if seconds is not None:
+        or after that many seconds.  None, and infinity: however long it takes.  The earliest
+        deadline holds."""
+        if seconds is not None and seconds < inf:
             deadline = self.now + int(seconds * SECOND)
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
         if self.draining:
@@ -106,7 +109,8 @@ class Loop(ABC):
         first = min((time for time in times if time is not None), default=None)
         if first is None:
             return None
-        return max(0.0, (first - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001)
+        left = (first - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001
+        return min(max(0.0, left), LONGEST_SLEEP)
 
     @abstractmethod
     def ring(self) -> None:

@@ -38,7 +38,7 @@ def temp(tmp_path, monkeypatch):
 class Owner(Puppet):
     """A process with a private broker that has the entry "x"."""
 
-    def __init__(self, drain: float = 10.0, **how) -> None:
+    def __init__(self, drain: float | str = 10.0, **how) -> None:
         super().__init__(**how)
         self.do(f"""
             broker = fdbroker.Broker(drain={drain})
@@ -593,3 +593,22 @@ def test_an_interrupted_start_leaves_nothing(temp):
         with pytest.raises(ChildProcessError):
             owner.do("os.waitpid(-1, os.WNOHANG)")
         assert owner.do('sorted(os.listdir("/proc/self/fd"))') == owner.do("before")
+
+
+@pytest.mark.parametrize("drain", ["1e9", "inf"])
+def test_a_time_longer_than_the_kernel_can_wait(temp, drain):
+    """A month, for epoll_wait(2): neither a wait nor a drain of that length is too much."""
+    with Owner(drain=f"float({drain!r})") as owner, Puppet() as waiting:
+        with fdbroker.Client(owner.do("broker.address")) as client:
+            loan = client.borrow("x", exclusive=True)
+            waiting.do(f"client = fdbroker.Client({client.address!r})")
+            waiting.begin('client.borrow("x", timeout=1e9).close()')
+            wait_until(lambda: client.stats()["waiting"] == 1)
+            loan.close()
+            waiting.result()
+            loan = client.borrow("x")
+            owner.begin("broker.close()")
+            wait_until(lambda: drains(owner.address))
+            loan.close()
+        owner.result()
+        waiting.do("client.close()")

@@ -487,7 +487,6 @@ MISUSED = [  # which argparse finds
     ["--drain", "soon"],
     ["--drain", "-1"],
     ["--drain", "nan"],
-    ["--drain", "inf"],
     ["--ready-fd", "x"],
     ["--config"],
     ["--check"],
