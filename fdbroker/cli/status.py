@@ -68,10 +68,25 @@ def sentence(error: BaseException) -> str:
             f'"{error.name}" is retired, but after {errors.duration(error.seconds)} {loans} out: '
             f"the last return closes it, fdbroker loans {error.name} names the borrowers"
         )
+    if isinstance(error, errors.BorrowTimeout):
+        return _with_names(str(error), error)
     if type(error).__module__ == "builtins" and isinstance(error, OSError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror}"
     return str(error)
+
+
+def _with_names(text: str, error: errors.BorrowTimeout) -> str:
+    """The same, with the name of each process that has it."""
+    from time import time
+
+    from fdbroker.ipc.processes import name_of
+
+    for pid, _, held, _ in error.holders:
+        name = name_of(pid, time() - held)
+        if name:
+            text = text.replace(f"pid {pid} ", f"pid {pid} ({name}) ")
+    return text
 
 
 def table() -> str:

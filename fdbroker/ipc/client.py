@@ -84,15 +84,9 @@ class LoanInfo(NamedTuple):
     @property
     def process(self) -> str:
         """The borrower's name, or empty if it is gone or another process has its pid by now."""
-        import psutil
+        from fdbroker.ipc.processes import name_of
 
-        try:
-            process = psutil.Process(self.pid) if self.pid else None
-            if process is not None and process.create_time() <= self.since:
-                return str(process.name())
-        except psutil.Error:
-            pass
-        return ""
+        return name_of(self.pid, self.since)
 
 
 class Client:

@@ -299,7 +299,7 @@ def test_who_does_not_wait_is_told_who_has_it(broker, files):
         for arguments in (["--fd", "a"], ["--fd", "a", "--wait", "0.05"]):
             status, out, err = run(broker.address, *arguments, "--", "true")
             assert (status, out) == (7, "")
-            assert re.fullmatch(rf'fdbroker: "a" is busy .*pid {holder.pid} for .*\n', err)
+            assert re.fullmatch(rf'fdbroker: "a" is busy .*pid {holder.pid} \(\w+\) for .*\n', err)
         wait = ["--fd", "a", "--wait", "inf", "--", "true"]
         with exec_(broker.address, *wait) as waiting:
             wait_until(lambda: broker.stats()["waiting"] == 1)

@@ -159,7 +159,7 @@ def test_no_broker(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize("line", ["ls", "loans", "put x --memfd 1", "retire x"])
 def test_what_can_be_no_address(line: str) -> None:
     for address in ("", f"/{LONG}"):
-        assert "no address" in complaint(command(address, *split(line)), status.MISUSE)
+        assert "no address" in complaint(command(address, *split(line)), status.FAILED)
 
 
 def test_the_broker_dies_meanwhile(peer: Peer) -> None:
