@@ -6,9 +6,8 @@ configuration anew, if it has one, and never ends it: a terminal may be gone bef
 What was handed over, by a service manager or by number, is taken first, while every other number
 is still free: so none of our own can be mistaken for it.
 
-A private broker has an
-owner, whose end it is told by a pidfd (a pipe would live on in a forked worker): it then drains
-without a deadline, lends nothing more, and is gone with the last loan.
+A private broker has an owner, whose end it is told by a pidfd (a pipe would live on in a forked
+worker): it then drains without a deadline, lends nothing more, and is gone with the last loan.
 """
 
 from __future__ import annotations
