@@ -87,11 +87,13 @@ def serve(
         handed = take_handed_over()
         read = Config() if config_path is None else config.read(config_path)
         settings = read.settings
-        bound = take_own(handed, address or settings.socket)
+        if address is None:
+            address = settings.socket
+        bound = take_own(handed, address)
         check_names([one.name for group in (handed, resources, read.entries) for one in group])
         entries = stack.enter_context(_inherited(handed, resources, {ready_fd, owner_fd}))
         sessions = min(_raise_file_limit(), SESSIONS)
-        listener = _listener(address or settings.socket, settings, bound)
+        listener = _listener(address, settings, bound)
         server = _server(listener, sessions)
         reloader = Resources(server, config_path, manager)
         with contextlib.ExitStack() as closing:
@@ -142,7 +144,8 @@ def _listener(address: str | None, settings: Settings, bound: socket | None) -> 
         mode, group = settings.mode, settings.group
         if mode is None:
             mode = PRIVATE if group is None else GROUP_TOO
-        return Listener(address or default_address(), mode=mode, group=group)
+        address = default_address() if address is None else address
+        return Listener(address, mode=mode, group=group)
     if settings.mode is not None or settings.group is not None:
         log.warning(
             'event=ignored setting="mode, group" reason="the service manager made the socket: '

@@ -60,7 +60,7 @@ def take_own(handed: list[Handed], address: str | None) -> socket.socket | None:
     That is the one with a name for it, or at the path `address` (None: the default one).
     `BadResource` if that is no listening SOCK_SEQPACKET socket, or at another path than was said.
     """
-    expected = address or default_address()
+    expected = default_address() if address is None else address
     for one in handed:
         path = _path_served_at(one.number)
         if one.name not in OWN_NAMES and path != expected:

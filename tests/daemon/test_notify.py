@@ -14,7 +14,7 @@ from support import PATIENCE, wait_until
 
 import fdbroker
 
-from .kit import COMMAND, open_for_writing, served
+from .kit import COMMAND, open_for_writing, served, wait_for_newline
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -96,14 +96,21 @@ def test_a_hang_up_before_it_is_ready_does_not_end_it(tmp_path):
     """It waits for its configuration, a FIFO, when the signal comes."""
     fifo = tmp_path / "f.toml"
     os.mkfifo(fifo)
+    ready, told = os.pipe()
     command = [*COMMAND, "serve", "--socket", f"{tmp_path}/s", "--config", str(fifo)]
-    with subprocess.Popen(command) as process:
+    process = subprocess.Popen([*command, "--ready-fd", str(told)], pass_fds=[told])
+    try:
+        os.close(told)
         number = wait_until(lambda: open_for_writing(fifo))
         process.send_signal(signal.SIGHUP)
         os.write(number, b"[entry.a]\nmemfd = 1\n")
         os.close(number)
-        wait_until((tmp_path / "s").is_socket)
+        wait_for_newline(ready)
         with fdbroker.Client(f"{tmp_path}/s") as client:
             assert [entry.name for entry in client.entries()] == ["a"]
         process.terminate()
         assert process.wait(PATIENCE) == 0
+    finally:
+        os.close(ready)
+        process.kill()
+        process.wait()

@@ -377,11 +377,13 @@ def test_the_socket_of_the_file_and_the_option_before_it(tmp_path):
     command = [*COMMAND, "serve", "--config", "f.toml", "--ready-fd"]
     ready, told = os.pipe()
     with subprocess.Popen([*command, str(told)], pass_fds=[told], cwd=tmp_path) as process:
-        os.close(told)
-        wait_for_newline(ready)
-        os.close(ready)
-        assert (tmp_path / "theirs.sock").is_socket()
-        process.terminate()
+        try:
+            os.close(told)
+            wait_for_newline(ready)
+            assert (tmp_path / "theirs.sock").is_socket()
+        finally:
+            os.close(ready)
+            process.terminate()
     with served(tmp_path, "--config", tmp_path / "f.toml"):
         assert not (tmp_path / "theirs.sock").exists()
 
@@ -478,6 +480,7 @@ BAD_OPTIONS = [
     ["--config", "bad.toml"],
     ["--check", "--config", "bad.toml"],
     ["--check", "--listen", "web=http", "--config", "f.toml"],
+    ["--socket", ""],
     ["--ready-fd", "99"],
     ["--ready-fd", "-1"],
     ["--ready-fd", "99999999999999999999"],
