@@ -131,7 +131,15 @@ def discard_all(opened: list[Opened]) -> None:
 def enter(server: Server, opened: Opened, *, replace: bool = False) -> Entry:
     """Make it an entry of the broker itself.  `NameTaken`, `BrokerFull`: it is not taken."""
     entry = server.lender.put(
-        None, 0, opened.name, b"", opened.fd, opened.kind, server.now, replace=replace
+        None,
+        0,
+        opened.name,
+        b"",
+        opened.fd,
+        opened.kind,
+        server.now,
+        uid=os.geteuid(),
+        replace=replace,
     )
     entry.where = opened.where
     entry.ancillary = unix.rights((entry.sysfd,))

@@ -216,19 +216,20 @@ class Lender(Books):
         kind: int,
         now: int,
         *,
+        uid: int = 0,
         replace: bool = False,
         ephemeral: bool = False,
     ) -> Entry:
         """A new entry that owns `fd`, under a name or under a ticket (the other is empty).
 
         With `replace` an entry of that name retires.  `session` is who puts it; None is the
-        broker itself.  Raises `NameTaken` and `BrokerFull`, and the FD stays the caller's.
+        broker itself, which runs as `uid`.  Raises `NameTaken` and `BrokerFull`, and the FD stays the caller's.
         """
         self.check_free(name, replace)
         entry = Entry(
             self._entry_slots.take(), name, ticket, self.ledger.count(NEXT_GENERATION), fd
         )
-        entry.kind, entry.since = kind, now
+        entry.kind, entry.since, entry.uid = kind, now, uid
         if session is not None:
             entry.maker, entry.maker_seq, entry.uid = session.id, seq, session.peer.uid
             entry.owner = session if ephemeral else None

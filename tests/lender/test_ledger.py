@@ -345,3 +345,9 @@ def test_an_entry_without_its_descriptor_was_closed(rig: Rig):
     assert (who.slot, seq, error) == (client.slot, client.asked_seq, None)
     assert not loaded.entries
     assert not loaded.closings
+
+
+def test_an_entry_of_the_broker_itself_is_its_uids(rig: Rig):
+    rig.put("a", uid=1000)
+    assert rig.lender.names["a"].uid == 1000
+    assert rig.reload().names["a"].uid == 1000
