@@ -223,7 +223,8 @@ class Lender(Books):
         """A new entry that owns `fd`, under a name or under a ticket (the other is empty).
 
         With `replace` an entry of that name retires.  `session` is who puts it; None is the
-        broker itself, which runs as `uid`.  Raises `NameTaken` and `BrokerFull`, and the FD stays the caller's.
+        broker itself, which runs as `uid`.  Raises `NameTaken` and `BrokerFull`, and the FD stays
+        the caller's.
         """
         self.check_free(name, replace)
         entry = Entry(
