@@ -62,12 +62,13 @@ def run(options: argparse.Namespace) -> int:
     from fdbroker.daemon import log
     from fdbroker.daemon.serve import serve
 
-    # who starts us may have signals blocked, as the owner of a private broker has
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # who starts us may have signals blocked, as the owner of a private broker has; a hang-up waits
+    # until it can be acted upon
+    signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGHUP,))
     # for good: what is said from the background, to the last line, must not stop the process
     # (termios(3), TOSTOP)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can be acted upon
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and while it ends
     with log.to_stderr(verbose=options.verbose):
         serve(
             options.socket,

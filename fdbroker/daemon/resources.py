@@ -19,7 +19,7 @@ from fdbroker import descriptors, openers
 from fdbroker.daemon import config
 from fdbroker.errors import BadResource, BrokerFull, FDBrokerError, UnsupportedKind
 from fdbroker.ipc import unix
-from fdbroker.ipc.workers import CLOSING, Job
+from fdbroker.ipc.workers import APART, CLOSING, Job
 from fdbroker.lender.names import check_name
 from fdbroker.rc import FD
 
@@ -82,13 +82,18 @@ def adopt_numbers(resources: Iterable[Resource], keep: set[int | None]) -> list[
     resources = list(resources)
     opened = open_all(resources)
     for number in {int(resource.what) for resource in resources} - keep:
-        if number > 2:
-            os.close(number)  # or the entry's final close would not be the last one
-        else:
-            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            os.dup2(null, number)
-            os.close(null)
+        let_go(number)  # or the entry's final close would not be the last one
     return opened
+
+
+def let_go(number: int) -> None:
+    """Close it; a standard stream leads to /dev/null then, so that it is never anything else."""
+    if number > 2:
+        os.close(number)
+    else:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(null, number)
+        os.close(null)
 
 
 def adopt_handed_over(handed: Sequence[Handed]) -> list[Opened]:
@@ -200,7 +205,11 @@ class Resources:
                 if names.get(name) is entry
             }
             theirs = names.keys() - ours.keys()
-            self._server.workers.submit(Reload(self._path, ours, theirs, self._finish_reload))
+            try:
+                self._server.workers.submit(Reload(self._path, ours, theirs, self._finish_reload))
+            except OSError as error:  # no thread can be started
+                self._reloading = False
+                self._tell(error)
 
     def _finish_reload(self, job: Reload) -> None:
         self._reloading = False
@@ -262,6 +271,8 @@ class Resources:
             *(len(resources), len(opened) - len(left), len(vanished), len(wanted.rules)),
         )
         opened[:] = left
+        # what a client has retired meanwhile was not opened
+        self._again = self._again or not resources.keys() <= lender.names.keys()
         for name in filter(self._is_theirs, resources):
             log.warning(
                 'event=left-alone entry=%s reason="somebody else has put it: retire it, then '
@@ -292,6 +303,8 @@ class Discard(Job):
 
 class Reload(Job):
     """Read the file, and open what is new in it."""
+
+    lane = APART  # or what clients have looked at, which may hang, could hold up a revocation
 
     def __init__(
         self,

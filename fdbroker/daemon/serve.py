@@ -13,10 +13,12 @@ worker): it then drains without a deadline, lends nothing more, and is gone with
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
 import resource
+import select
 import signal
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ from fdbroker.daemon.resources import (
     adopt_numbers,
     check_names,
     discard_all,
+    let_go,
     open_all,
 )
 from fdbroker.daemon.systemd import Manager, take_handed_over, take_own
@@ -85,6 +88,10 @@ def serve(
             _check_open(option, number)
         manager = Manager(ours=owner_fd is None)
         handed = take_handed_over()
+        for one in handed:
+            if one.number in (ready_fd, owner_fd):
+                reason = "it is handed over as an entry (LISTEN_FDS): use another one"
+                raise BadResource("--ready-fd", str(one.number), reason)
         read = Config() if config_path is None else config.read(config_path)
         settings = read.settings
         if address is None:
@@ -109,8 +116,7 @@ def serve(
             log.info("event=ready address=%s pid=%d", listener.address, os.getpid())
             manager.ready(reloader.status())
             if ready_fd is not None:
-                os.write(ready_fd, b"\n")
-                os.close(ready_fd)
+                _tell_ready(ready_fd)
             server.run()
 
 
@@ -123,6 +129,20 @@ def _check_open(option: str, number: int | None) -> None:
     except (OSError, OverflowError):
         reason = "no such descriptor is open here, let it be inherited"
         raise BadResource(option, str(number), reason) from None
+
+
+def _tell_ready(number: int) -> None:
+    """A newline for whoever waits for it, who is not waited for; the descriptor is let go."""
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    try:
+        if not poll.poll(0):
+            raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+        os.write(number, b"\n")
+    except OSError as error:
+        log.warning('event=ready-not-told reason="--ready-fd %d: %s"', number, error.strerror)
+    finally:
+        let_go(number)
 
 
 @contextlib.contextmanager
@@ -234,6 +254,7 @@ def _signals(
     server.watch(arrived, act)
     before_tell = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     before = {number: signal.signal(number, _noted) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while it started is acted upon
     try:
         yield
     finally:

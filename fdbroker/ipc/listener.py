@@ -49,6 +49,7 @@ class Listener:
         bound: socket.socket | None = None,
     ) -> None:
         self.address = address
+        self.lasting = bound is not None  # it stays, with its queue, when this process ends
         self._file: os.stat_result | None = None  # the socket's, if it is ours to unlink
         check_path(address)
         folder = os.path.dirname(address) or "."
@@ -83,7 +84,8 @@ class Listener:
 
     def _bind(self, mode: int, group: int | None) -> None:
         if _check_place(self.address):
-            os.unlink(self.address)  # stale: we have the lock
+            _check_stale(self.address)
+            os.unlink(self.address)
         mask = os.umask(0o177)
         try:
             self.sock.bind(self.address)
@@ -157,6 +159,19 @@ def _check_folder(address: str, folder: str) -> None:
             f"others may write to its folder (mode {stat.S_IMODE(found.st_mode):04o}) and could "
             "put another socket there: chmod go-w it, or use a folder of your own",
         )
+
+
+def _check_stale(address: str) -> None:
+    """`BadAddress` if somebody has the socket open, who knows nothing of our lock: a service
+    manager, another program.  A socket without anybody refuses a connection (unix(7))."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+        except ConnectionRefusedError:
+            return
+        except OSError:  # EAGAIN: its queue is full; EPROTOTYPE: it is of another type
+            pass
+    raise BadAddress(address, "another program listens there: stop it, or use another path")
 
 
 def _check_place(address: str) -> bool:

@@ -10,7 +10,6 @@ import logging
 import select
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from math import inf
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from fdbroker.lender import Lender
 
 READABLE = int(select.EPOLLIN)
+LIFETIME = 10**10  # seconds
 LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
 EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
 
@@ -85,9 +85,9 @@ class Loop(ABC):
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
-        or after that many seconds.  None, and infinity: however long it takes.  The earliest
-        deadline holds."""
-        if seconds is not None and seconds < inf:
+        or after that many seconds.  None, and more than a lifetime: however long it takes.  The
+        earliest deadline holds."""
+        if seconds is not None and seconds < LIFETIME:
             deadline = self.now + int(seconds * SECOND)
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
         if self.draining:

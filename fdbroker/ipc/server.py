@@ -119,6 +119,13 @@ class Server(Loop):
         for connection in self._connections.values():
             self._admission.look_at(connection)
 
+    def drain(self, seconds: float | None) -> None:
+        """As `Loop.drain`.  Who connects from now on waits for the next broker, if there is one."""
+        if self.listener.lasting:
+            self.unwatch(self.listener.sock.fileno())
+            self._accepting = True  # so it is not resumed
+        super().drain(seconds)
+
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
         while self.lender.decisions or self.lender.closings:
@@ -448,7 +455,7 @@ class Server(Loop):
             "entries": len(self.lender.entries),
             "loans": self.lender.loans,
             "waiting": self.lender.waiting,
-            "jobs": self.workers.pending,
+            "jobs": self.workers.pending + self.workers.apart,
             "connections": len(self._connections),
             "descriptors": descriptors_in_use(),
         }

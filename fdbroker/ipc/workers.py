@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 THREADS = 4  # in each lane
 LOOKING, CLOSING = LANES = "look", "close"
+APART = ""  # a thread of its own, for what may hang and is the broker's own: the end never waits
 END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
 
 log = logging.getLogger("fdbroker")
@@ -67,7 +68,8 @@ class Workers:
         self._jobs: dict[str, SimpleQueue[Job | None]] = {}
         self._done: deque[Job] = deque()
         self._threads: list[threading.Thread] = []
-        self.pending = 0  # jobs that are not finished
+        self.pending = 0  # jobs that are not finished, but for ...
+        self.apart = 0  # ... those with a thread of their own
         try:
             for lane in LANES:
                 jobs = self._jobs[lane] = SimpleQueue()
@@ -78,9 +80,15 @@ class Workers:
             raise
 
     def submit(self, job: Job) -> None:
-        """Have a thread run `job`; `finish` has it then."""
-        self.pending += 1
-        self._jobs[job.lane].put(job)
+        """Have a thread run `job`; `finish` has it then.  OSError if it wants one of its own, and
+        there is none."""
+        if job.lane == APART:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self._threads.append(start_thread(self._run, job))
+            self.apart += 1
+        else:
+            self.pending += 1
+            self._jobs[job.lane].put(job)
 
     def finish(self, server: Server) -> None:
         """On the loop: finish the jobs that are back.  A mistake in one is no other's."""
@@ -90,7 +98,10 @@ class Workers:
             return
         while self._done:
             job = self._done.popleft()
-            self.pending -= 1
+            if job.lane == APART:
+                self.apart -= 1
+            else:
+                self.pending -= 1
             try:
                 job.finish(server)
             except Exception:
@@ -109,10 +120,13 @@ class Workers:
 
     def _work(self, jobs: SimpleQueue[Job | None]) -> None:
         while (job := jobs.get()) is not None:
-            try:
-                job.run()
-            except Exception as error:
-                log.exception("event=job-failed job=%s", type(job).__name__)
-                job.failure = repr(error)
-            self._done.append(job)
-            os.eventfd_write(self.wake, 1)
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        try:
+            job.run()
+        except Exception as error:
+            log.exception("event=job-failed job=%s", type(job).__name__)
+            job.failure = repr(error)
+        self._done.append(job)
+        os.eventfd_write(self.wake, 1)

@@ -150,3 +150,17 @@ def test_a_lock_file_is_not_looked_for_behind_a_link(tmp_path):
 def test_what_cannot_be_a_path(path):
     with pytest.raises(BadAddress):
         Listener(path)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_that_another_program_has_is_left_to_it(tmp_path, kind):
+    """It knows nothing of our lock: a service manager that holds ours while no broker runs, say."""
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, kind) as theirs:
+        theirs.bind(path)
+        if kind != socket.SOCK_DGRAM:
+            theirs.listen()
+        with pytest.raises(BadAddress, match="another program"):
+            Listener(path)
+        with socket.socket(socket.AF_UNIX, kind) as client:
+            client.connect(path)

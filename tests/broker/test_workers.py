@@ -27,13 +27,15 @@ SOON = 5.0
 
 
 @contextlib.contextmanager
-def broker_with(folder: Path, plant: str) -> Iterator[tuple[fdbroker.Client, Puppet]]:
+def broker_with(
+    folder: Path, plant: str, arguments: str = ""
+) -> Iterator[tuple[fdbroker.Client, Puppet]]:
     """A client of a broker with `plant` in it, and its process, whose stderr is a file there."""
     address = str(folder / "socket")
     with open(folder / "stderr", "wb") as said, Puppet(stderr=said) as server:
         server.do(f"folder = {str(folder)!r}")
         server.do(plant)
-        server.begin(f"from fdbroker.daemon.serve import serve\nserve({address!r})")
+        server.begin(f"from fdbroker.daemon.serve import serve\nserve({address!r}{arguments})")
         wait_until(lambda: is_served(address))
         with fdbroker.Client(address) as client:
             wait_until(lambda: is_alone(client))
@@ -233,3 +235,15 @@ def test_what_is_discarded_is_closed_to_the_last():
     os.close(fds[1])
     Discard(fds).run()
     assert open_files() == before
+
+
+def test_while_all_of_clients_hangs_the_brokers_own_goes_on(tmp_path, stuck):
+    """What a client has looked at must not hold up a revocation: that has a thread of its own."""
+    os.mkfifo(tmp_path / "go")
+    (tmp_path / "f.toml").write_text("[entry.a]\nmemfd = 1\n")
+    arguments = f", config_path={str(tmp_path / 'f.toml')!r}"
+    with broker_with(tmp_path, HANG.format("inspect"), arguments) as (client, server):
+        with as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path):
+            (tmp_path / "f.toml").write_text("[entry.b]\nmemfd = 1\n")
+            server.signal(signal.SIGHUP)
+            wait_until(lambda: [entry.name for entry in client.entries()] == ["b"], SOON)

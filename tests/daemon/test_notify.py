@@ -108,6 +108,10 @@ def test_a_hang_up_before_it_is_ready_does_not_end_it(tmp_path):
         wait_for_newline(ready)
         with fdbroker.Client(f"{tmp_path}/s") as client:
             assert [entry.name for entry in client.entries()] == ["a"]
+            number = wait_until(lambda: open_for_writing(fifo))  # and now it is acted upon
+            os.write(number, b"[entry.b]\nmemfd = 1\n")
+            os.close(number)
+            wait_until(lambda: [entry.name for entry in client.entries()] == ["b"])
         process.terminate()
         assert process.wait(PATIENCE) == 0
     finally:

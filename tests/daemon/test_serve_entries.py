@@ -284,6 +284,34 @@ def test_who_connects_while_there_is_none_waits_for_the_next(tmp_path, own):
             assert early.recv(99) == b"\x93\x00\x00\x01"
 
 
+def test_who_connects_while_it_drains_waits_for_the_next(tmp_path, own):
+    """Its queue stays with who made the socket, so nobody is refused; a loan is out meanwhile."""
+    path = str(tmp_path / "own.sock")
+    with (
+        fdbroker.Client(path) as client,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late,
+    ):
+        with handed_over(tmp_path, "fdbroker", 1, "--memfd", "a=1", fds=[own]) as broker:
+            loan = client.borrow("a")
+            broker.terminate()
+            wait_until(lambda: is_draining(client))
+            late.connect(path)
+            late.send(b"\x94\x00\x00\x01\xc3")  # hello
+            loan.close()
+            broker.wait(PATIENCE)
+        with handed_over(tmp_path, "fdbroker", 1, fds=[own]):
+            late.settimeout(PATIENCE)
+            assert late.recv(99) == b"\x93\x00\x00\x01"
+
+
+def is_draining(client: fdbroker.Client) -> bool:
+    try:
+        client.borrow("a").close()
+    except fdbroker.errors.BrokerClosing:
+        return True
+    return False
+
+
 def test_its_own_socket_must_be_where_it_was_told_to_listen(tmp_path, own):
     with (
         pytest.raises(AssertionError, match="it ended"),
@@ -540,3 +568,59 @@ def test_many_entries_start_soon(tmp_path, count):
     )
     with served(tmp_path, "--config", tmp_path / "f.toml") as broker:
         assert len(broker.entries()) == count
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_nobody_is_waited_for_who_was_to_be_told_that_it_is_ready(tmp_path, reads):
+    """Its pipe is full, or nobody has the other end: it serves all the same, and says so."""
+    reader, told = os.pipe()
+    os.set_blocking(told, False)
+    with contextlib.suppress(BlockingIOError):
+        while reads:
+            os.write(told, bytes(65536))
+    os.set_blocking(told, True)
+    if not reads:
+        os.close(reader)
+    command = [*COMMAND, "serve", "--socket", f"{tmp_path}/s", "--ready-fd", str(told)]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, pass_fds=[told], stderr=said)
+    os.close(told)
+    try:
+        wait_until(lambda: "ready-not-told" in (tmp_path / "said").read_text())
+        with fdbroker.Client(f"{tmp_path}/s") as client:
+            client.stats()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if reads:
+            os.close(reader)
+
+
+def test_a_standard_stream_that_was_told_is_never_anything_else(tmp_path):
+    """Or what is logged would go to whoever has its number next."""
+    reader, told = os.pipe()
+    command = [*COMMAND, "-v", "serve", "--socket", f"{tmp_path}/s", "--ready-fd", "2"]
+    process = subprocess.Popen(command, stderr=told)
+    os.close(told)
+    try:
+        with open(reader, "rb") as said:
+            assert said.read().endswith(b"\n")  # to its end: the broker has let go
+        assert os.readlink(f"/proc/{process.pid}/fd/2") == os.devnull
+        with fdbroker.Client(f"{tmp_path}/s") as client:
+            client.stats()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_is_handed_over_is_not_what_is_told(tmp_path, sockets):
+    with (
+        pytest.raises(AssertionError, match="it ended"),
+        handed_over(tmp_path, "a", 1, "--ready-fd 3", fds=[sockets[0]]),
+    ):
+        pass
+    assert "use another one" in (tmp_path / "said").read_text()
