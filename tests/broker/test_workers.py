@@ -242,8 +242,10 @@ def test_while_all_of_clients_hangs_the_brokers_own_goes_on(tmp_path, stuck):
     os.mkfifo(tmp_path / "go")
     (tmp_path / "f.toml").write_text("[entry.a]\nmemfd = 1\n")
     arguments = f", config_path={str(tmp_path / 'f.toml')!r}"
-    with broker_with(tmp_path, HANG.format("inspect"), arguments) as (client, server):
-        with as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path):
-            (tmp_path / "f.toml").write_text("[entry.b]\nmemfd = 1\n")
-            server.signal(signal.SIGHUP)
-            wait_until(lambda: [entry.name for entry in client.entries()] == ["b"], SOON)
+    with (
+        broker_with(tmp_path, HANG.format("inspect"), arguments) as (client, server),
+        as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path),
+    ):
+        (tmp_path / "f.toml").write_text("[entry.b]\nmemfd = 1\n")
+        server.signal(signal.SIGHUP)
+        wait_until(lambda: [entry.name for entry in client.entries()] == ["b"], SOON)
