@@ -15,7 +15,7 @@ NO_READER = 141  # 128 + SIGPIPE
 MEANINGS = {
     DONE: "done",
     FAILED: "any other error; it is one line on stderr, as all errors are",
-    MISUSE: "misuse: an unknown option, a bad name, address, size or number",
+    MISUSE: "misuse: an unknown option, a bad name, ADDR, SIZE or number",
     NO_BROKER: "no broker there, or it closes down",
     NO_ENTRY: "no such entry",
     NAME_TAKEN: "the name is taken",

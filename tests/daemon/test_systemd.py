@@ -261,7 +261,7 @@ def ask_often(address: str, stop: str) -> dict[str, int]:
     return outcomes
 
 
-def test_a_restart_refuses_nobody_who_connects(rig, tmp_path, peer: Peer):
+def test_a_restart_ends_nobody_who_connects_anew(rig, tmp_path, peer: Peer):
     """The listener is systemd's, so it keeps its queue while there is no broker."""
     address = rig.path("/run/fdbroker/broker.sock")
     with connected(rig) as client:
