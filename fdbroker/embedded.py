@@ -59,7 +59,8 @@ class Broker(Client):
         """Start it and wait until it serves.
 
         Signals wait meanwhile: the exception of one just after a descriptor or a process was made
-        would come before we have noted its number.
+        would come before we have noted its number.  (Where there are other threads, one of them
+        may take the signal, and Python raises it here all the same: then such a number is lost.)
         """
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         ready = told = owner = -1

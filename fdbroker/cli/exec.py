@@ -9,16 +9,19 @@ is what everybody waits for who starts a server, so it is kept short.
 from __future__ import annotations
 
 import os
+import sys
 from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # type: ignore[import-not-found]
-from fcntl import LOCK_EX, flock
 from time import monotonic, sleep
 
 from fdbroker.cli import placing
+from fdbroker.cli.output import printable
 from fdbroker.cli.status import CANNOT_EXECUTE, NOT_FOUND, Misuse, status_of
 from fdbroker.errors import (
     BorrowTimeout,
     BrokerClosing,
     BrokerGone,
+    EntryRetired,
+    FDBrokerError,
     NameTaken,
     NoBroker,
     UnknownEntry,
@@ -36,11 +39,12 @@ if TYPE_CHECKING:
 
 FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 IGNORED_BY_PYTHON = SIGPIPE, SIGXFSZ  # at its start, and an exec would pass that on (signal(7))
+LONGEST_NUMBER = 10  # in digits
 PAUSE = 0.02  # seconds between two looks for a broker that is not there yet
 
 DESCRIPTION = """\
 Borrow descriptors, put them where CMD looks for them, and become CMD.  The loan
-lasts until CMD has ended, and all its children that have the descriptors."""
+lasts until CMD has ended, and all that inherited its descriptors by fork."""
 EXAMPLES = """\
 {NAME} in CMD and its arguments is the number of that descriptor.
 
@@ -52,7 +56,8 @@ EXAMPLES = """\
 
 The loan's own descriptor has its number in $FDBROKER_LOAN_FD (several of them
 are joined by ":").  A program that closes all it does not know at its start
-gives the loan back early: it loses nothing, only the count is short then."""
+gives the loan back early: it loses nothing, only the count is short then.  Nor
+does a child count that gets only some descriptors (uvicorn --workers)."""
 
 
 class Options:
@@ -132,9 +137,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace | Options) -> int:
     """Become the program; returns only if that cannot be done."""
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if not command:
+    if not command or not command[0]:
         raise Misuse("exec: after -- comes the command that gets the descriptors")
     listen = dict(_listening(word) for word in options.listen)
+    if len(listen) < len(options.listen):
+        raise Misuse("exec: --listen names an entry twice, one address is enough")
     wanted = [Wanted(word) for word in options.fd]
     named = {one.name for one in wanted}
     wanted += [Wanted(name) for name in listen if name not in named]
@@ -165,7 +172,8 @@ class Wanted:
         check_name(name)
         if any(flag != "exclusive" for flag in flags):
             raise Misuse(f"exec: --fd {word}: after the comma comes exclusive, nothing else")
-        if equals and not (number.isascii() and number.isdigit() and int(number) < 2**31):
+        digits = number.isascii() and number.isdigit() and len(number) <= LONGEST_NUMBER
+        if equals and not (digits and int(number) < 2**31):
             raise Misuse(f"exec: --fd {word}: after = comes the number of a descriptor")
         self.name = name
         self.number = int(number) if equals else None
@@ -212,85 +220,67 @@ class Borrower:
         self._deadline = monotonic() + wait
         self._purpose = purpose
         self._listen = listen
+        self._made: set[str] = set()
 
     def borrow(self, wanted: list[Wanted]) -> list[Loan]:
-        """One loan of all, or one of those that are exclusive and then one of the others."""
+        """One loan of all, or one of those that are exclusive and then one of the others.
+
+        Who has the others may be waiting for those: so they are given back while others are out.
+        """
         names = dict.fromkeys(one.name for one in wanted)
-        exclusive = {one.name for one in wanted if one.exclusive}
-        loans = []
-        for turn in (True, False):
-            some = [name for name in names if (name in exclusive) == turn]
-            if some:
-                loans.append(self._borrow(some, exclusive=turn))
-        return loans
-
-    def _borrow(self, names: list[str], *, exclusive: bool) -> Loan:
+        exclusive = list(dict.fromkeys(one.name for one in wanted if one.exclusive))
+        shared = [name for name in names if name not in exclusive]
+        if not exclusive or not shared:
+            return [self._borrow(exclusive or shared, exclusive=bool(exclusive))]
         while True:
-            left = max(0.0, self._deadline - monotonic())
+            first = self._borrow(exclusive, exclusive=True)
             try:
-                return self._client.borrow_all(
-                    names, exclusive=exclusive, timeout=left, purpose=self._purpose
-                )
-            except UnknownEntry as error:
-                address = self._listen.pop(error.name, None)
-                if address is None:
+                return [first, self._borrow(shared, exclusive=False, waits=False)]
+            except BorrowTimeout:
+                first.close()
+                if not self._left():
                     raise
-                self._make(error.name, address)
-            except (NoBroker, BrokerClosing, BrokerGone):
-                if not left:
-                    raise
-                sleep(min(PAUSE, left))
-
-    def _make(self, name: str, address: str) -> None:
-        """Make and put it, unless another process has done so meanwhile."""
-        from fdbroker import openers
-
-        lock = _lock_of(self._client.address)
-        try:
-            if self._exists(name):
-                return
-            try:
-                fd = openers.listen(address)
-            except OSError as error:
-                error.filename = address
+                sleep(PAUSE)
+            except BaseException:
+                first.close()
                 raise
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - monotonic())
+
+    def _borrow(self, names: list[str], *, exclusive: bool, waits: bool = True) -> Loan:
+        while True:
             try:
-                self._client.put(name, fd)
-            except NameTaken:
-                pass
-            finally:
-                os.close(fd)
-        finally:
-            if lock is not None:
-                os.close(lock)
+                timeout = self._left() if waits else 0.0
+                try:
+                    return self._client.borrow_all(
+                        names, exclusive=exclusive, timeout=timeout, purpose=self._purpose
+                    )
+                except UnknownEntry as error:
+                    self._make(error)
+            except (NoBroker, BrokerClosing, BrokerGone, EntryRetired):
+                if not self._left():
+                    raise
+                sleep(min(PAUSE, self._left()))
 
-    def _exists(self, name: str) -> bool:
+    def _make(self, missing: UnknownEntry) -> None:
+        """Make and put it, if it was said how, unless another process has done so meanwhile."""
+        name = missing.name
+        address = self._listen.get(name)
+        if address is None or (name in self._made and not self._left()):
+            raise missing
+        from fdbroker.cli import making
+
+        self._made.add(name)
         try:
-            self._client.borrow(name, timeout=0).close()
-        except UnknownEntry:
-            return False
-        except BorrowTimeout:
-            pass
-        return True
-
-
-def _lock_of(address: str) -> int | None:
-    """A lock for who makes entries at this broker, by flock(2) of its folder; ends with its close.
-
-    Two that start at once would else both bind: the second one's bind fails, or to a path it even
-    takes the first one's away, which looks stale until it listens.  Whoever may not read the folder
-    goes without.
-    """
-    try:
-        folder = os.open(os.path.dirname(address) or ".", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        flock(folder, LOCK_EX)
-    except BaseException:
-        os.close(folder)
-        raise
-    return folder
+            fd = making.make_unless_there(self._client, name, "listen", address)
+        except OSError as error:
+            if not isinstance(error, FDBrokerError):
+                error.filename = address
+            raise
+        if fd is not None:
+            with suppress(NameTaken):
+                making.put(self._client, name, "listen", fd)
 
 
 def _become(
@@ -301,10 +291,13 @@ def _become(
     loans: list[Loan],
 ) -> NoReturn:
     """Place what was borrowed and execute the command; its own end if that cannot be done."""
-    complaints = placing.out_of_the_way(2, targets) if 2 in targets and _is_open(2) else 2
+    complaints = -1 if sys.stderr is None else 2  # it was closed, and may be the session by now
+    if complaints in targets:
+        complaints = placing.out_of_the_way(2, targets)
+    inherited = [_kept(number, targets) for number in _inherited_sessions()]
     lent = {name: loan.fileno(name) for loan in loans for name in loan.entries}
     sessions = [placing.high_and_inheritable(loan.pass_fds()[-1], targets) for loan in loans]
-    environment["FDBROKER_LOAN_FD"] = ":".join(map(str, sessions))
+    environment["FDBROKER_LOAN_FD"] = ":".join(map(str, [*inherited, *sessions]))
     try:
         numbers = placing.place([(lent[one.name], one.number) for one in wanted], targets)
         words = _filled_in(command, [one.name for one in wanted], numbers)
@@ -320,7 +313,7 @@ def _become(
         else:
             status, text = status_of(error), str(error)
         with suppress(OSError):
-            os.write(complaints, f"fdbroker: {text}\n".encode(errors="replace"))
+            os.write(complaints, f"fdbroker: {printable(text)}\n".encode(errors="replace"))
         os._exit(status)
 
 
@@ -334,9 +327,15 @@ def _filled_in(command: list[str], names: list[str], numbers: list[int]) -> list
     return words
 
 
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
+def _inherited_sessions() -> list[int]:
+    """Those of loans that this process has already: one exec may be the program of another."""
+    found = []
+    for word in os.environ.get("FDBROKER_LOAN_FD", "").split(":"):
+        with suppress(ValueError, OSError, OverflowError):
+            os.fstat(int(word))
+            found.append(int(word))
+    return found
+
+
+def _kept(session: int, targets: set[int]) -> int:
+    return placing.high_and_inheritable(session, targets) if session in targets else session

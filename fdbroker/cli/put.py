@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 from functools import partial
-from time import monotonic, sleep
 
 from fdbroker import openers
+from fdbroker.cli import making
 from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import complain
 from fdbroker.cli.status import DONE, Misuse, status_of
@@ -21,7 +20,6 @@ from fdbroker.errors import FDBrokerError, NameTaken, NotPermitted
 from fdbroker.ipc.client import Client, EntryInfo
 from fdbroker.lender.names import check_name
 
-RACE_SECONDS = 2.0  # for another that has bound the same address to put it
 RESOURCES = {  # how one is made: the metavar, and its help
     "listen": (
         "ADDR",
@@ -103,45 +101,29 @@ def run(options: argparse.Namespace) -> int:
 
 def _made(client: Client, options: argparse.Namespace, how: str, what: str) -> int | None:
     """The descriptor, or None if none is needed."""
-    if how == "fd":  # before there are descriptors of our own that could have that number
+    if how == "fd" or options.replace:  # a number: before there are descriptors of our own
         return openers.make(how, what)
-    deadline = monotonic() + RACE_SECONDS
-    while options.replace or not _is_there(client, options.name):
-        try:
-            return openers.make(how, what)
-        except OSError as error:
-            late = monotonic() > deadline
-            if error.errno != errno.EADDRINUSE or not options.if_absent or late:
-                raise
-        sleep(0.02)  # who has bound it may be about to put it
     if options.if_absent:
-        return None
-    raise NameTaken(options.name)
+        return making.make_unless_there(client, options.name, how, what)
+    if making.is_there(client, options.name):
+        raise NameTaken(options.name)
+    return openers.make(how, what)
 
 
-def _is_there(client: Client, name: str) -> bool:
-    return any(entry.name == name and not entry.retired for entry in _entries(client))
+def _put(client: Client, options: argparse.Namespace, how: str, fd: int) -> None:
+    try:
+        making.put(client, options.name, how, fd, replace=options.replace)
+    except NameTaken:
+        if not options.if_absent:
+            raise
 
 
 def _entries(client: Client) -> list[EntryInfo]:
     """All, or none if this process may not list them."""
     try:
         return client.entries()
-    except NotPermitted as error:
-        if error.verb == "connect":
-            raise
+    except NotPermitted:
         return []
-
-
-def _put(client: Client, options: argparse.Namespace, how: str, fd: int) -> None:
-    try:
-        client.put(options.name, fd, replace=options.replace)
-    except BaseException as error:
-        openers.discard(how, fd)
-        if not (isinstance(error, NameTaken) and options.if_absent):
-            raise
-    else:
-        os.close(fd)
 
 
 # --- what went wrong, and what to do ---------------------------------------------------------

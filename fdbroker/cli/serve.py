@@ -6,6 +6,7 @@ import argparse
 import signal
 
 from fdbroker.cli.options import add_socket, seconds
+from fdbroker.cli.output import printable, write
 from fdbroker.errors import BadResource
 
 TYPE_CHECKING = False
@@ -86,8 +87,8 @@ def _check(path: str) -> int:
     from fdbroker.daemon.config import read
 
     config = read(path)
-    print(f"{path}: ok, {_many(config.entries, 'entry', 'entries')}, ", end="")
-    print(_many(config.rules, "rule", "rules"))
+    entries, rules = _many(config.entries, "entry", "entries"), _many(config.rules, "rule", "rules")
+    write(f"{printable(path)}: ok, {entries}, {rules}\n")
     return 0
 
 

@@ -413,6 +413,10 @@ def test_errors_are_one_line_and_have_their_status(broker, files, tmp_path):
         (2, "cannot both be number 3", [*a, "--fd", "b=3", "--listen-fds", "--", "true"]),
         (2, "comes the command", [*a]),
         (2, "comes the command", [*a, "--"]),
+        (2, "comes the command", [*a, "--", ""]),
+        (2, "number of a descriptor", ["--fd", f"a={'7' * 5000}", "--", "true"]),
+        (2, "twice", ["--listen", "w=0", "--listen", "w=1", "--", "true"]),
+        (127, r"\\x1b\[31mx\\ny: not found", [*a, "--", "\x1b[31mx\ny"]),
         (2, "nothing to borrow", ["--", "true"]),
         (2, "seconds, 0 or more", [*a, "--wait=-1", "--", "true"]),
         (2, "seconds, 0 or more", [*a, "--wait", "nan", "--", "true"]),
@@ -512,3 +516,63 @@ def test_it_starts_within_three_times_a_bare_python(broker, files):
     seconds(FDBROKER, *words)  # which writes it
     ratios = [seconds(FDBROKER, *words) / seconds(*python) for _ in range(15)]
     assert median(ratios) < 3, ratios
+
+
+def test_two_that_want_what_the_other_has_do_not_wait_for_each_other(broker, files):
+    """One has a alone and wants b, the other has b alone and wants a: one after the other."""
+    with contextlib.ExitStack() as stack:
+        loans = [broker.borrow(name) for name in ("a", "b")]
+        both = [
+            stack.enter_context(exec_(broker.address, *wanted, "--wait", "20", "--", "true"))
+            for wanted in (
+                ("--fd", "a,exclusive", "--fd", "b"),
+                ("--fd", "b,exclusive", "--fd", "a"),
+            )
+        ]
+        wait_until(lambda: broker.stats()["waiting"] == 2)
+        for loan in loans:
+            loan.close()
+        assert [process.wait(PATIENCE) for process in both] == [0, 0]
+
+
+def test_one_that_runs_another_keeps_its_loan(broker, files):
+    """Also where the inner one wants the number at which the outer one's session is."""
+    inner = [sys.executable, "-m", "fdbroker", "exec", "--socket", broker.address]
+    outer = ["--fd", "a=5", "--", *inner, "--fd", "b=100"]
+    found, environment = look(broker.address, *outer)
+    assert (found[5], found[100]) == (files["a"], files["b"])
+    sessions = [int(word) for word in environment["FDBROKER_LOAN_FD"].split(":")]
+    assert len(set(sessions)) == 2
+    assert set(sessions) <= found.keys()
+    assert not {5, 100} & set(sessions)
+    script = "echo here; read line"
+    with exec_(broker.address, *outer, "--", "sh", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        assert {loan.entry for loan in broker.loans()} == {"a", "b"}
+
+
+def test_a_stderr_that_was_closed_is_not_taken_for_the_session(broker, files):
+    """It may have that number; what is complained of is no message to the broker."""
+    words = [sys.executable, "-m", "fdbroker", "exec", "--socket", broker.address, "--fd", "a"]
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" 2>&-', "bash", *words, "--", "no-such-program"],
+        stdin=subprocess.DEVNULL,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 127
+
+
+def test_what_goes_between_is_made_again(tmp_path):
+    """The broker is another one when it borrows what it has just put; --listen was said once."""
+    address = str(tmp_path / "s")
+    with contextlib.ExitStack() as stack:
+        borrower = exec.Borrower(address, PATIENCE, "", {"web": "127.0.0.1:0"})
+        serve = [sys.executable, "-m", "fdbroker", "serve", "--socket", address]
+        for _ in range(2):
+            process = stack.enter_context(subprocess.Popen(serve))
+            stack.callback(process.kill)
+            (loan,) = borrower.borrow([exec.Wanted("web")])
+            loan.close()
+            process.kill()
+            process.wait()

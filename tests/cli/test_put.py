@@ -7,12 +7,14 @@ import socket
 import subprocess
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import children, open_files
 
 import fdbroker
-from fdbroker.cli import put, status
+from fdbroker import openers
+from fdbroker.cli import making, put, status
 from fdbroker.errors import NameTaken
 
 from .kit import command, complaint, put_memory, start, succeeds
@@ -151,7 +153,7 @@ def test_another_is_faster_between_the_question_and_the_put(
     broker: fdbroker.Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = put_memory(broker)
-    monkeypatch.setattr(put, "_is_there", lambda client, name: False)
+    monkeypatch.setattr(making, "is_there", lambda client, name: False)
     options = Namespace(
         name="data",
         resources=[("listen", f"unix:{tmp_path}/s")],
@@ -194,3 +196,24 @@ def test_ctrl_c_leaves_nothing(broker: fdbroker.Broker, tmp_path: Path) -> None:
         os.kill(broker.pid, 18)
     assert process.returncode in (status.INTERRUPTED, -2), "SIGINT before Python had its handler"
     assert broker.entries() == []
+
+
+def test_what_may_have_been_taken_keeps_its_path(broker: fdbroker.Broker, tmp_path: Path) -> None:
+    """Ctrl-C comes when the broker has the entry, and only its answer was still to be read."""
+
+    class Interrupted(fdbroker.Client):
+        def put(self, *what: Any, **how: Any) -> int:
+            super().put(*what, **how)
+            raise KeyboardInterrupt
+
+    path = tmp_path / "s"
+    with Interrupted(broker.address) as client:
+        fd = openers.make("listen", f"unix:{path}")
+        with pytest.raises(KeyboardInterrupt):
+            making.put(client, "web", "listen", fd)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+        fd = openers.make("listen", f"unix:{path}2")
+        with pytest.raises(NameTaken):
+            making.put(broker, "web", "listen", fd)
+        assert not path.with_name("s2").exists()

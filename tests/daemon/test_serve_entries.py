@@ -293,6 +293,7 @@ def test_who_connects_while_it_drains_waits_for_the_next(tmp_path, own):
     ):
         with handed_over(tmp_path, "fdbroker", 1, "--memfd", "a=1", fds=[own]) as broker:
             loan = client.borrow("a")
+            client.stats()  # in a session of its own, which is open when the drain begins
             broker.terminate()
             wait_until(lambda: is_draining(client))
             late.connect(path)
