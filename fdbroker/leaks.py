@@ -74,7 +74,7 @@ class LeakCheck:
 
     def __init__(self) -> None:
         self._before: set[Identity] = set()
-        self._kept: set[int] = set()
+        self._kept: set[Identity] = set()
         self._openings = Openings()
         self._outer: Openings | None = None  # of a check that this one is within
 
@@ -94,7 +94,7 @@ class LeakCheck:
     def keep(self, descriptor: HasFileno | int) -> None:
         """This one is meant to stay open: it is no leak."""
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        self._kept.add(number)
+        self._kept |= {one for one in _open_descriptors() if one.number == number}
 
     def leaks(self) -> list[Leak]:
         """What was opened since the block began and is open still, by number.
@@ -115,8 +115,8 @@ class LeakCheck:
         return [leak for leak in map(self._leak, numbers) if leak is not None]
 
     def _left(self) -> set[Identity]:
-        now = set(_open_descriptors()) - self._before
-        numbers = self._kept | _kept_for_life()
+        now = set(_open_descriptors()) - self._before - self._kept
+        numbers = _kept_for_life()
         return {identity for identity in now if identity.number not in numbers}
 
     def _leak(self, number: int) -> Leak | None:

@@ -253,6 +253,21 @@ def test_it(fd_leak_check, lent_socket_factory):
     assert kinds == ["listening socket"] * 2, out  # the socket itself, and what was borrowed
 
 
+def test_what_has_the_number_of_one_that_was_to_stay_is_a_leak(project: pytest.Pytester) -> None:
+    text = """
+import os
+
+def test_it(fd_leak_check):
+    opened = open("data")
+    fd_leak_check.keep(opened)
+    number = opened.fileno()
+    opened.close()
+    assert os.pipe()[0] == number
+"""
+    result = run(project, text)
+    result.assert_outcomes(passed=1, errors=1)
+
+
 def test_a_test_that_raised_is_not_blamed_for_what_its_traceback_keeps(
     project: pytest.Pytester,
 ) -> None:
