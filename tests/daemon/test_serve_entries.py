@@ -18,7 +18,7 @@ from support import PATIENCE, in_fork, is_same_file, open_files, wait_until
 
 import fdbroker
 from fdbroker.daemon import systemd
-from fdbroker.daemon.serve import serve
+from fdbroker.daemon.serve import DRAIN_SECONDS, serve
 
 from .kit import COMMAND, run, served, wait_for_newline
 
@@ -625,3 +625,15 @@ def test_what_is_handed_over_is_not_what_is_told(tmp_path, sockets):
     done = subprocess.run(command, pass_fds=[sockets[0]], capture_output=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert b"use another one" in done.stderr
+
+
+@pytest.mark.parametrize(("said", "arguments"), [("0.1", []), ("1000", ["--drain", "0.1"])])
+def test_how_long_it_drains(tmp_path, said, arguments):
+    """As the file says, if the option says nothing; a loan is out."""
+    (tmp_path / "f.toml").write_text(f"[server]\ndrain = {said}\n[entry.a]\nmemfd = 1\n")
+    with (
+        served(tmp_path, "--config", tmp_path / "f.toml", *arguments) as broker,
+        broker.client.borrow("a"),
+    ):
+        broker.process.terminate()
+        assert broker.process.wait(DRAIN_SECONDS - 2) == 0

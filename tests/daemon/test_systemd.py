@@ -161,7 +161,7 @@ def rig(booted: Rig) -> Iterator[Rig]:
     booted.config.write_text('[entry.memory]\nmemfd = "4K"\n')
     booted.systemctl("start", "fdbroker.socket")
     yield booted
-    units = ["fdbroker.socket", "web.socket", "api.socket", "fdbroker.service"]
+    units = ["fdbroker-exec@web", "fdbroker.socket", "web.socket", "api.socket", "fdbroker"]
     booted.systemctl("stop", *units, check=False)
     booted.systemctl("reset-failed", check=False)
     for name in ("web.socket", "api.socket"):
@@ -306,17 +306,66 @@ def inode(client: fdbroker.Client, name: str) -> int:
         return os.fstat(loan.fileno()).st_ino
 
 
-def test_sockets_that_are_handed_over_are_entries_by_name(rig):
-    rig.unit(
-        "web.socket",
-        """[Unit]
-        DefaultDependencies=no
-        [Socket]
-        ListenStream=/run/web.sock
-        FileDescriptorName=web
-        Service=fdbroker.service
+WEB_SOCKET = """[Unit]
+    DefaultDependencies=no
+    [Socket]
+    ListenStream=/run/web.sock
+    FileDescriptorName=web
+    Service=fdbroker.service
+"""
+SERVER = """
+import os, socket, sys
+
+with socket.socket(fileno=int(sys.argv[1])) as listener:
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(str(os.getpid()).encode())
+"""
+
+
+def test_a_server_behind_exec_is_restarted_and_so_is_the_broker_under_it(rig):
+    """The template for a server, whose socket systemd holds: nobody is refused by either."""
+    rig.unit("web.socket", WEB_SOCKET)
+    (rig.folder / "server.py").write_text(SERVER)
+    command = f"{sys.executable} {rig.folder}/server.py {{web}}"
+    (rig.folder / "web.env").write_text(f"BORROW=--fd web\nCOMMAND={command}\n")
+    rig.drop_in(
+        "fdbroker-exec@.service",
+        f"""[Unit]
+            DefaultDependencies=no
+            [Service]
+            Environment=PATH={Path(sys.executable).parent}:/usr/bin:/bin
+            Environment=PYTHONPATH={ROOT}
+            EnvironmentFile=
+            EnvironmentFile={rig.folder}/%i.env
         """,
     )
+    rig.systemctl("daemon-reload")
+    rig.systemctl("start", "web.socket", "fdbroker-exec@web.service")
+
+    def answer() -> str:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(60)
+            sock.connect(rig.path("/run/web.sock"))
+            return sock.recv(99).decode()
+
+    first = answer()
+    with connected(rig) as client:
+        (loan,) = client.loans("web")
+        assert str(loan.pid) == rig.show("fdbroker-exec@web.service", "MainPID") == first
+    rig.systemctl("restart", "fdbroker-exec@web.service")
+    second = answer()
+    assert second != first
+    rig.systemctl("restart", "fdbroker.service")  # the server has its copy, and goes on
+    assert answer() == second
+    rig.systemctl("restart", "fdbroker-exec@web.service")
+    assert answer() not in (first, second)
+    rig.systemctl("stop", "fdbroker-exec@web.service")
+
+
+def test_sockets_that_are_handed_over_are_entries_by_name(rig):
+    rig.unit("web.socket", WEB_SOCKET)
     rig.unit(
         "api.socket",
         """[Unit]
