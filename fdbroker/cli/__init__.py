@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {  # and what the list of them says
     "serve": "run a broker in the foreground",
+    "check": "say by which rule a request would be allowed",
     "put": "put one more descriptor into a running broker",
     "ls": "list the entries",
     "loans": "list who has what on loan",

@@ -177,7 +177,7 @@ def _settings(table: Table) -> Settings:
     settings = Settings(
         socket=table.take("socket", _socket),
         mode=table.take("mode", _mode),
-        group=table.take("group", _gid),
+        group=table.take("group", gid),
         drain=table.take("drain", _seconds),
     )
     table.check_all_known()
@@ -198,16 +198,16 @@ def _entry(named: Table, name: str, table: Table) -> Resource:
 
 
 def _rule(table: Table) -> Rule:
-    uid, gid = table.take("uid", _uid), table.take("gid", _gid)
+    user, group = table.take("uid", uid), table.take("gid", gid)
     everyone = table.take("everyone", _true, False)
-    if (uid is not None) + (gid is not None) + everyone != 1:
+    if (user is not None) + (group is not None) + everyone != 1:
         raise table.mistake("a rule takes exactly one of uid, gid, everyone = true")
     names = table.take("names", _patterns, ("*",))
     verbs = table.take("verbs", _verbs)
     if verbs is None:
         raise table.mistake(f"a rule takes verbs, a list of {', '.join(VERBS)}")
     table.check_all_known()
-    return Rule(verbs, names, uid, gid, everyone)
+    return Rule(verbs, names, user, group, everyone)
 
 
 # --- values: each returns what is meant, or says in a ValueError what it should be ------------
@@ -258,13 +258,13 @@ def _seconds(value: Any) -> float:
     raise ValueError("a number of seconds, 0 or more")
 
 
-def _uid(value: Any) -> int:
+def uid(value: Any) -> int:
     from pwd import getpwnam
 
     return _id(value, "user", lambda name: getpwnam(name).pw_uid)
 
 
-def _gid(value: Any) -> int:
+def gid(value: Any) -> int:
     from grp import getgrnam
 
     return _id(value, "group", lambda name: getgrnam(name).gr_gid)

@@ -52,6 +52,10 @@ class Rule(NamedTuple):
             return self.everyone
         return self.uid in (None, uid) and (self.gid is None or self.gid in groups)
 
+    def allows(self, verb: str, name: str) -> bool:
+        """Whether it allows that, to those of whom it speaks."""
+        return Rights([self]).may(verb, name)
+
 
 class Rights:
     """What all rules that speak of a peer allow it.  Never changed: other rules make others.

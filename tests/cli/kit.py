@@ -16,7 +16,8 @@ Done = subprocess.CompletedProcess[str]
 
 def words(address: str, *given: str) -> list[str]:
     """The whole command line: ``fdbroker GIVEN`` for the broker at `address`."""
-    where = ("--socket", address) if given and not given[0].startswith("-") else ()
+    asks_a_broker = given and not given[0].startswith("-") and given[0] != "check"
+    where = ("--socket", address) if asks_a_broker else ()
     return [sys.executable, "-W", "error", "-m", "fdbroker", *given[:1], *where, *given[1:]]
 
 

@@ -1,0 +1,124 @@
+"""fdbroker check: what the rules of a configuration file say of one request."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from fdbroker.cli import status
+from fdbroker.cli.output import printable, write
+from fdbroker.lender.names import check_name
+from fdbroker.lender.rules import ROOT, VERBS, Rule
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+CONNECT = "connect"  # which takes any rule that speaks of the peer
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.description = (
+        "Say by which rule of a configuration file a request is allowed, or that none\n"
+        "allows it.  No broker is asked."
+    )
+    parser.epilog = f"""examples:
+  fdbroker check --config fdbroker.toml --uid www-data borrow web
+  fdbroker check --config fdbroker.toml --uid 1000 --gid dialout borrow tty
+  fdbroker check --config fdbroker.toml --uid 1000 connect
+
+exit status {status.DONE} if it is allowed, {status.NOT_PERMITTED} if not"""
+    parser.add_argument("--config", metavar="FILE", required=True, help="with the rules")
+    parser.add_argument("--uid", metavar="USER", type=_user, required=True, help="name or number")
+    parser.add_argument(
+        "--gid",
+        metavar="GROUP",
+        type=_group,
+        action="append",
+        help="one of its groups, name or number (default: those that this system knows)",
+    )
+    parser.add_argument(
+        "verb", metavar="VERB", choices=[*sorted(VERBS), CONNECT], help="%(choices)s"
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="of the entry")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print it."""
+    from fdbroker.daemon.config import read
+
+    if options.name is not None:
+        check_name(options.name)
+    elif options.verb != CONNECT:
+        raise status.Misuse(f"check: {options.verb} takes the NAME of an entry")
+    rules = read(options.config).rules
+    if options.uid in (ROOT, os.geteuid()):
+        write("allowed: root and the broker's own uid may do all\n")
+        return status.DONE
+    groups = options.gid or _groups_of(options.uid)
+    number = _allowing(rules, options.uid, groups, options.verb, options.name)
+    if number is None:
+        write(f"refused: {_none_of(rules, options.uid, groups)}\n")
+        return status.NOT_PERMITTED
+    write(f"allowed: rule {number + 1}, {printable(_described(rules[number]))}\n")
+    return status.DONE
+
+
+def _allowing(
+    rules: Sequence[Rule], uid: int, groups: Collection[int], verb: str, name: str | None
+) -> int | None:
+    """The first that allows it; for a connection any that speaks of the peer."""
+    for number, rule in enumerate(rules):
+        if rule.is_about(uid, groups) and (verb == CONNECT or rule.allows(verb, name or "")):
+            return number
+    return None
+
+
+def _none_of(rules: Sequence[Rule], uid: int, groups: Collection[int]) -> str:
+    about = [str(number + 1) for number, rule in enumerate(rules) if rule.is_about(uid, groups)]
+    if not about:
+        return f"no rule speaks of uid {uid}, so it may not even connect"
+    return f"of those that speak of uid {uid} (rule {', '.join(about)}) none allows it"
+
+
+def _described(rule: Rule) -> str:
+    """As it is in the file."""
+    who = [
+        f"{key} = {value}" for key in ("uid", "gid") if (value := getattr(rule, key)) is not None
+    ]
+    who += ["everyone = true"] * rule.everyone
+    who += [f"names = {json.dumps(rule.names)}", f"verbs = {json.dumps(sorted(rule.verbs))}"]
+    return ", ".join(who)
+
+
+def _groups_of(uid: int) -> set[int]:
+    """All that this system knows; none of a uid that it does not know."""
+    from pwd import getpwuid
+
+    try:
+        user = getpwuid(uid)
+    except KeyError:
+        return set()
+    return set(os.getgrouplist(user.pw_name, user.pw_gid))
+
+
+def _user(text: str) -> int:
+    from fdbroker.daemon.config import uid
+
+    return _meant(uid, text)
+
+
+def _group(text: str) -> int:
+    from fdbroker.daemon.config import gid
+
+    return _meant(gid, text)
+
+
+def _meant(look_up: Callable[[object], int], text: str) -> int:
+    number = text.isascii() and text.isdigit() and len(text) <= len(str(2**32))
+    try:
+        return look_up(int(text) if number else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from None
