@@ -42,9 +42,10 @@ from fdbroker.ipc.connection import (
     Unsent,
 )
 from fdbroker.ipc.custody import Custody
+from fdbroker.ipc.door import Door
 from fdbroker.ipc.jobs import Close, Discard, HangUp, Reopen
 from fdbroker.ipc.limits import descriptors_in_use
-from fdbroker.ipc.loop import READABLE, Loop
+from fdbroker.ipc.loop import READABLE
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
@@ -66,8 +67,7 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
-from fdbroker.lender.books import SECOND
-from fdbroker.lender.parts import FREE, LENT, Peer
+from fdbroker.lender.parts import FREE, LENT
 
 if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
@@ -76,25 +76,20 @@ if TYPE_CHECKING:
     from fdbroker.lender.rules import Rule
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
-PAUSE = SECOND  # until a listener that could not accept is tried again
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 
 log = logging.getLogger("fdbroker")
 
 
-class Server(Loop):
+class Server(Door):
     """Serves the books of `lender` at `listener`, until it has drained."""
 
     def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
-        super().__init__(lender)
-        self.listener = listener
+        super().__init__(listener, lender)
         self.custody = custody or Custody()
         self._admission = Admission()
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
-        self._accepting = True
-        unix.refuse_descriptors(listener.sock)  # connections inherit it
-        self.watch(listener.sock.fileno(), self._accept)
         self.watch(self.workers.wake, self._finish_jobs)
 
     def close(self) -> None:
@@ -118,13 +113,6 @@ class Server(Loop):
         self._admission = Admission(rules)
         for connection in self._connections.values():
             self._admission.look_at(connection)
-
-    def drain(self, seconds: float | None) -> None:
-        """As `Loop.drain`.  Who connects from now on waits for the next broker, if there is one."""
-        if self.listener.lasting:
-            self.unwatch(self.listener.sock.fileno())
-            self._accepting = True  # so it is not resumed
-        super().drain(seconds)
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
@@ -156,31 +144,10 @@ class Server(Loop):
 
     # --- sessions ---
 
-    def _accept(self, about: None, events: int) -> None:
-        try:
-            sock = self.listener.accept()
-        except OSError as error:
-            # EMFILE, ENFILE, ENOBUFS, ENOMEM: the connection stays queued, and a level-triggered
-            # epoll would spin on it
-            if self._accepting:
-                log.warning("event=accept-paused error=%r", error.strerror)
-            self._accepting = False
-            self.unwatch(self.listener.sock.fileno())
-            self.alarm = self.now + PAUSE  # the shortage may be somebody else's, and end unseen
-            return
-        self._accepting = True
-        if sock is not None:
-            connection = Connection(sock, Peer(*unix.credentials(sock)))
-            self.watch(connection.number, self._serve, connection)  # may fail: max_user_watches
-            self._connections[connection.number] = connection
-
-    def resume_accepting(self) -> None:
-        """A descriptor has become free, or the pause is over."""
-        number = self.listener.sock.fileno()
-        if not self._accepting and number not in self._watched:
-            self.watch(number, self._accept)
-
-    ring = resume_accepting
+    def begin(self, connection: Connection) -> None:
+        """It has come: serve it."""
+        self.watch(connection.number, self._serve, connection)  # may fail: max_user_watches
+        self._connections[connection.number] = connection
 
     def _serve(self, connection: Connection, events: int) -> None:
         """A session can be received from: take one message and act upon it.
@@ -308,6 +275,7 @@ class Server(Loop):
         if puts:
             connection.accept_descriptors()
         connection.state = READY
+        self.has_greeted(connection)
         self._by_slot[connection.session.slot] = connection
         self.custody.keep_session(connection.session.slot, connection.sock)
         self.reply(connection, encode([0, 0, VERSION]))
@@ -338,6 +306,7 @@ class Server(Loop):
         """
         if connection.state != ENDED:  # the second time its number may be another's
             connection.state = ENDED
+            self.has_greeted(connection)
             del self._connections[connection.number]
             self._hang_up(connection)
             self._drop_unsent(connection)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,33 +21,10 @@ from fdbroker.errors import BrokerGone, CloseFailed
 from fdbroker.ipc.jobs import Discard
 from fdbroker.ipc.workers import THREADS
 
-from .puppet import Puppet, is_served
+from .planted import broker_with
+from .puppet import Puppet
 
 SOON = 5.0
-
-
-@contextlib.contextmanager
-def broker_with(
-    folder: Path, plant: str, arguments: str = ""
-) -> Iterator[tuple[fdbroker.Client, Puppet]]:
-    """A client of a broker with `plant` in it, and its process, whose stderr is a file there."""
-    address = str(folder / "socket")
-    with open(folder / "stderr", "wb") as said, Puppet(stderr=said) as server:
-        server.do(f"folder = {str(folder)!r}")
-        server.do(plant)
-        server.begin(f"from fdbroker.daemon.serve import serve\nserve({address!r}{arguments})")
-        wait_until(lambda: is_served(address))
-        with fdbroker.Client(address) as client:
-            wait_until(lambda: is_alone(client))
-            yield client, server
-        server.signal(signal.SIGTERM)
-        server.result()
-
-
-def is_alone(client: fdbroker.Client) -> bool:
-    """Whether the broker has done with all others."""
-    stats = client.stats()
-    return (stats["connections"], stats["jobs"]) == (1, 0)
 
 
 def complaints(folder: Path) -> int:

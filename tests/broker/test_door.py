@@ -1,0 +1,50 @@
+"""Who comes to the broker and says nothing is shown out again, and nobody else is."""
+
+from __future__ import annotations
+
+import socket
+
+from support import wait_until
+
+from fdbroker.ipc import unix
+
+from .planted import broker_with
+
+SOON = 5.0
+SHORT = """
+    from fdbroker.ipc import door
+    door.HELLO_TIME = 300_000_000  # nanoseconds
+"""
+
+
+def is_over(sock: socket.socket) -> bool:
+    sock.settimeout(SOON)
+    return sock.recv(99) == b""
+
+
+def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(tmp_path):
+    with broker_with(tmp_path, SHORT) as (client, server):
+        before = client._pool.idle[0]
+        silent = [unix.connect(client.address) for _ in range(3)]
+        assert all(map(is_over, silent))
+        for sock in silent:
+            sock.close()
+        assert client.stats()["connections"] == 1
+        assert client._pool.idle[0] is before
+        said = (tmp_path / "stderr").read_text()
+        assert said.count("reason=it-said-no-hello") == 3
+        used = server.cpu_seconds()
+        late = unix.connect(client.address)  # as long as that takes nothing happens
+        assert is_over(late)
+        late.close()
+        assert server.cpu_seconds() - used < 0.2
+
+
+def test_one_that_leaves_before_is_not_spoken_of(tmp_path):
+    with broker_with(tmp_path, SHORT) as (client, _):
+        unix.connect(client.address).close()
+        silent = unix.connect(client.address)
+        assert is_over(silent)
+        silent.close()
+        wait_until(lambda: client.stats()["connections"] == 1)
+        assert (tmp_path / "stderr").read_text().count("it-said-no-hello") == 1
