@@ -9,7 +9,7 @@ import os
 from fdbroker.cli import status
 from fdbroker.cli.output import printable, write
 from fdbroker.lender.names import check_name
-from fdbroker.lender.rules import ROOT, VERBS, Rule
+from fdbroker.lender.rules import READ, ROOT, VERBS, Rule
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ exit status {status.DONE} if it is allowed, {status.NOT_PERMITTED} if not"""
         action="append",
         help="one of its groups, name or number (default: those that this system knows)",
     )
+    parser.add_argument("--mode", choices=["r"], help="r: what it borrows is read-only")
     parser.add_argument(
         "verb", metavar="VERB", choices=[*sorted(VERBS), CONNECT], help="%(choices)s"
     )
@@ -58,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
         write("allowed: root and the broker's own uid may do all\n")
         return status.DONE
     groups = options.gid or _groups_of(options.uid)
-    number = _allowing(rules, options.uid, groups, options.verb, options.name)
+    verb = READ if options.mode and options.verb == "borrow" else options.verb
+    number = _allowing(rules, options.uid, groups, verb, options.name)
     if number is None:
         write(f"refused: {_none_of(rules, options.uid, groups)}\n")
         return status.NOT_PERMITTED
@@ -90,6 +92,7 @@ def _described(rule: Rule) -> str:
     ]
     who += ["everyone = true"] * rule.everyone
     who += [f"names = {json.dumps(rule.names)}", f"verbs = {json.dumps(sorted(rule.verbs))}"]
+    who += [f'mode = "{rule.mode}"'] * bool(rule.mode)
     return ", ".join(who)
 
 

@@ -206,8 +206,11 @@ def _rule(table: Table) -> Rule:
     verbs = table.take("verbs", _verbs)
     if verbs is None:
         raise table.mistake(f"a rule takes verbs, a list of {', '.join(VERBS)}")
+    mode = table.take("mode", _read_only, "")
+    if mode and "borrow" not in verbs:
+        raise table.mistake('mode = "r" is about what is borrowed: verbs take "borrow" then')
     table.check_all_known()
-    return Rule(verbs, names, user, group, everyone)
+    return Rule(verbs, names, user, group, everyone, mode)
 
 
 # --- values: each returns what is meant, or says in a ValueError what it should be ------------
@@ -289,6 +292,12 @@ def _strings(value: Any) -> list[str]:
 
 def _patterns(value: Any) -> tuple[str, ...]:
     return tuple(_strings(value))
+
+
+def _read_only(value: Any) -> str:
+    if value != "r":
+        raise ValueError('"r", or left out')
+    return "r"
 
 
 def _verbs(value: Any) -> frozenset[str]:

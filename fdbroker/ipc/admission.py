@@ -21,7 +21,7 @@ from fdbroker.errors import NotPermitted
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import KNOWN, VERBS
 from fdbroker.lender.names import check_name
-from fdbroker.lender.rules import ROOT, Rights, Rule, Rules
+from fdbroker.lender.rules import READ, ROOT, Rights, Rule, Rules
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
@@ -52,7 +52,7 @@ class Admission:
             raise NotPermitted(connection.peer.uid, "put")
 
 
-def check_right(at: Connection, verb: int, name: str | bytes) -> None:
+def check_right(at: Connection, verb: int, name: str | bytes, *, readonly: bool = False) -> None:
     """Raise `NotPermitted` unless its peer may do that with the entry `name`, which need not exist.
 
     A ticket says by itself that one may, as long as its bearer is admitted.  "" is what has no
@@ -62,7 +62,7 @@ def check_right(at: Connection, verb: int, name: str | bytes) -> None:
     if isinstance(name, bytes):
         if not rights.admitted:
             raise NotPermitted(at.peer.uid, "connect")
-    elif not rights.may(right, name):
+    elif not rights.may(READ if readonly else right, name):
         if name:
             check_name(name)
         raise NotPermitted(at.peer.uid, right, name or "*")

@@ -70,7 +70,7 @@ def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
     if not at.rights.unlimited:
         _require(at, IDLE)
         for name in wish.names:
-            check_right(at, BORROW, name)
+            check_right(at, BORROW, name, readonly=wish.readonly)
     if server.lender.borrow(at.session, seq, wish, server.now):
         server.hand_over(at, seq)
     return None

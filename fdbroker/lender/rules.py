@@ -5,7 +5,8 @@ of peers (a uid, a gid, or everyone), of names (patterns), and of verbs; it neve
 rules allow more, and their order does not matter.  A peer whom any rule speaks of is *admitted*: it
 may connect, and borrow by a ticket, even where the rule has no verbs.
 
-    borrow   by name, also several at once, each of which must be allowed
+    borrow   by name, also several at once, each of which must be allowed; a rule can allow it
+             with mode="r" only (where the owner of a file or its seals protect it: see SECURITY.md)
     put      a new entry; to replace one takes `retire` too, since the one before it retires
     retire   an entry, whoever put it
     list     see it, and its loans, in a list
@@ -30,6 +31,7 @@ from fnmatch import translate
 from typing import NamedTuple
 
 VERBS = frozenset({"borrow", "put", "retire", "list", "admin"})
+READ = "read"  # to borrow with mode="r", which every rule for `borrow` allows too
 ROOT = 0
 
 
@@ -45,12 +47,20 @@ class Rule(NamedTuple):
     uid: int | None = None
     gid: int | None = None
     everyone: bool = False
+    mode: str = ""  # "r": what it allows to borrow, it allows with mode="r" only
 
     def is_about(self, uid: int, groups: Collection[int]) -> bool:
         """Whether it speaks of a peer with this uid and these groups."""
         if self.uid is None and self.gid is None:
             return self.everyone
         return self.uid in (None, uid) and (self.gid is None or self.gid in groups)
+
+    @property
+    def grants(self) -> frozenset[str]:
+        """Its verbs, READ beside `borrow` or in its place."""
+        if "borrow" not in self.verbs:
+            return self.verbs
+        return self.verbs - {"borrow"} | {READ} if self.mode == "r" else self.verbs | {READ}
 
     def allows(self, verb: str, name: str) -> bool:
         """Whether it allows that, to those of whom it speaks."""
@@ -71,8 +81,8 @@ class Rights:
         self.admitted = unlimited or bool(rules)
         self._patterns = {
             verb: re.compile("|".join(map(translate, patterns)))
-            for verb in VERBS
-            if (patterns := [name for rule in rules if verb in rule.verbs for name in rule.names])
+            for verb in (*VERBS, READ)
+            if (patterns := [name for rule in rules if verb in rule.grants for name in rule.names])
         }
 
     def may(self, verb: str, name: str) -> bool:

@@ -29,6 +29,12 @@ verbs = ["put"]
 everyone = true
 names = ["public/*"]
 verbs = ["borrow"]
+
+[[rule]]
+uid = 60003
+names = ["log"]
+mode = "r"
+verbs = ["borrow"]
 """
 
 
@@ -63,6 +69,15 @@ def run(*words: str | Path) -> tuple[int, str, str]:
         (
             "--uid 60002 connect",
             'allowed: rule 3, everyone = true, names = ["public/*"], verbs = ["borrow"]',
+        ),
+        (
+            "--uid 60003 --mode r borrow log",
+            'allowed: rule 4, uid = 60003, names = ["log"], verbs = ["borrow"], mode = "r"',
+        ),
+        ("--uid 60001 --mode r borrow api", "allowed: rule 1, uid = 60001"),
+        (
+            "--uid 60003 borrow log",
+            "refused: of those that speak of uid 60003 (rule 3, 4) none allows it",
         ),
         ("--uid root admin x", "allowed: root and the broker's own uid may do all"),
         (

@@ -66,7 +66,8 @@ def test_everything(written):
 
         [[rule]]
         everyone = true
-        verbs = ["list"]
+        verbs = ["list", "borrow"]
+        mode = "r"
     """)
     assert read(path) == Config(
         Settings("/run/x/broker.sock", 0o660, os.getegid(), 2.5),
@@ -80,7 +81,7 @@ def test_everything(written):
         (
             Rule(frozenset({"borrow", "list"}), ("web*", "log/?"), uid=os.geteuid()),
             Rule(frozenset({"put", "retire", "admin"}), ("*",), gid=17),
-            Rule(frozenset({"list"}), ("*",), everyone=True),
+            Rule(frozenset({"list", "borrow"}), ("*",), everyone=True, mode="r"),
         ),
     )
 
@@ -186,6 +187,8 @@ MISTAKES = [  # the text, the line of the mistake, and a part of what is said
     ("[[rule]]\ngid = 'no such group'\n", 2, "gid is a group of this system"),
     ("[[rule]]\neveryone = false\n", 2, "everyone is true or left out, not False"),
     ("[[rule]]\neveryone = true\nverbs = ['steal']\n", 3, "verbs is a list of borrow, put"),
+    ("[[rule]]\nuid = 1\nmode = 'w'\nverbs = ['borrow']\n", 3, 'mode is "r"'),
+    ("[[rule]]\nuid = 1\nmode = 'r'\nverbs = ['put']\n", 1, 'verbs take "borrow" then'),
     ("[[rule]]\neveryone = true\nverbs = []\n", 3, "verbs is a list"),
     ("[[rule]]\neveryone = true\nverbs = 'put'\n", 3, "verbs is a list"),
     ("[[rule]]\neveryone = true\nnames = [\n  1,\n]\nverbs = ['put']\n", 3, "names is a list"),

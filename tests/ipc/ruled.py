@@ -222,8 +222,14 @@ def ask_as(
 # --- what the tests ask for most often ---
 
 
-def rule(*verbs: str, names: tuple[str, ...] = ("*",), uid: int | None = ALICE, **who: Any) -> Rule:
-    return Rule(frozenset(verbs), names, None if who else uid, **who)
+def rule(
+    *verbs: str,
+    names: tuple[str, ...] = ("*",),
+    uid: int | None = ALICE,
+    mode: str = "",
+    **who: Any,
+) -> Rule:
+    return Rule(frozenset(verbs), names, None if who else uid, mode=mode, **who)
 
 
 def put(client: fdbroker.Client, name: str, **how: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
 import socket
@@ -133,6 +134,32 @@ def test_a_rule_allows_its_verbs_on_its_names_and_nothing_else(
         allowed = first == verb and (not rest or (rest[0] != "retire" and everywhere))
         assert (found[what] == "done") is allowed, (what, found[what])
     assert len(ruled.refusals()) == sum(outcome != "done" for outcome in found.values())
+
+
+def test_a_rule_can_let_borrow_read_only(ruled: Ruled) -> None:
+    """Asked again too, when the broker knows the request; another rule may allow more."""
+    ruled.put("web", "db")
+    read = rule("borrow", "list", names=("web*",), mode="r", uid=ALICE)
+    ruled.set_rules(read)
+    allowed = {what for what, outcome in outcomes(ruled.address).items() if outcome == "done"}
+    assert allowed == {"borrow web read-only", "entries", "loans", "loans of web"}
+
+    def borrow_in_turn(client: fdbroker.Client) -> list[str]:
+        done = []
+        for mode in ("r", None, "r", None):
+            try:
+                with client.borrow("web", mode=mode) as loan:
+                    assert fcntl.fcntl(loan.fileno(), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+                done.append("lent")
+            except NotPermitted as error:
+                done.append(error.verb)
+        return done
+
+    assert ask_as(ruled.address, borrow_in_turn) == ["lent", "borrow", "lent", "borrow"]
+    ruled.set_rules(read, rule("borrow", names=("db",)))
+    allowed = {what for what, outcome in outcomes(ruled.address).items() if outcome == "done"}
+    assert {"borrow db", "borrow web read-only"} <= allowed
+    assert not {"borrow web", "borrow both"} & allowed
 
 
 def test_what_is_missing_is_named(ruled: Ruled) -> None:
