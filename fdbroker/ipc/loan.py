@@ -112,9 +112,9 @@ class Loan:
 
         Its `settimeout` makes the *description* non-blocking, for the broker and all borrowers.
         """
-        from fdbroker.ipc import wrappers
-
         with catching_up, GATE:
+            from fdbroker.ipc import wrappers  # a fork meanwhile would share its open file
+
             holding = self._holding()
             sock = wrappers.socket_of(self.fileno(name))
             holding.add_wrapper(sock)
@@ -127,10 +127,10 @@ class Loan:
 
         ``"w"`` does not truncate, and every mode goes on at the offset that all borrowers share.
         """
-        from fdbroker.ipc import wrappers
-
         called = name or self.entry or "shared"
         with catching_up, GATE:
+            from fdbroker.ipc import wrappers
+
             holding = self._holding()
             file = wrappers.file_of(self.fileno(name), called, mode, buffering, **text)
             holding.add_wrapper(file)
@@ -149,12 +149,12 @@ class Loan:
         `access` is mmap.ACCESS_READ or ACCESS_WRITE, by default what the descriptor allows.  The
         loan ends when it is closed *and* the last mapping is, or was garbage-collected.
         """
-        import mmap
-
-        from fdbroker.ipc.holding import Lifeline
-        from fdbroker.ipc.mapping import Mapping
-
         with catching_up, GATE:
+            import mmap
+
+            from fdbroker.ipc.holding import Lifeline
+            from fdbroker.ipc.mapping import Mapping
+
             session, holding = self._held(), self._holding()
             fd = self.fileno(name)
             if access is None:
