@@ -146,7 +146,8 @@ def test_a_dropped_loan_that_is_long_to_flush_holds_up_nobody(broker: fdbroker.B
         got += os.read(reader, 4096)
     thread.join()
     assert kept[0].closed
-    assert broker.stats()["loans"] == 0
+    # its session has ended, but another one can be served before that is seen
+    wait_until(lambda: broker.stats()["loans"] == 0)
     os.close(reader)
 
 
