@@ -223,7 +223,7 @@ def test_a_closed_client_says_so(broker: fdbroker.Broker, data_file: IO[bytes]) 
             verb()
     os.fstat(loan.fileno())
     loan.close()
-    assert broker.stats()["loans"] == 0
+    wait_until(lambda: broker.stats()["loans"] == 0)
     client.close()
 
 
