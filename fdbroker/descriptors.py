@@ -140,20 +140,25 @@ def reopen_read_only(fd: int) -> int:
         raise UnsupportedKind(kind.label, "it was put for writing only, a loan is never wider")
     if kind is Kind.FILE and _file_system(fd) in PSEUDO_FILE_SYSTEMS:
         raise UnsupportedKind(kind.label, "opening a file of this file system has side effects")
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        fresh = os.open(f"/proc/self/fd/{fd}", flags)
+        return open_now(f"/proc/self/fd/{fd}", os.O_RDONLY)
     except FileNotFoundError:
         raise UnsupportedKind(kind.label, "the broker has no /proc to open it anew") from None
     except BlockingIOError:
         reason = "another process has a lease on it, which it is asked to give up: try again"
         raise UnsupportedKind(kind.label, reason) from None
+
+
+def open_now(path: str, flags: int) -> int:
+    """Open it without waiting for a lease, the other end of a FIFO or the carrier of a serial line
+    (open(2), O_NONBLOCK).  The number, the caller's, is a blocking one all the same.  OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o666)
     try:
-        fcntl(fresh, F_SETFL, fcntl(fresh, F_GETFL) & ~os.O_NONBLOCK)
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~os.O_NONBLOCK)
     except BaseException:
-        os.close(fresh)
+        os.close(fd)
         raise
-    return fresh
+    return fd
 
 
 def switch_linger_off(fd: int) -> None:

@@ -65,8 +65,8 @@ class Broker(Client):
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         ready = told = owner = -1
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
                 ready, told = os.pipe()
                 owner = os.pidfd_open(self._owner_pid)
                 self._spawn(told, owner)
@@ -76,7 +76,6 @@ class Broker(Client):
                 signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             self._wait_until_ready(ready)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             _close(ready)
 
     def _spawn(self, told: int, owner: int) -> None:

@@ -21,9 +21,10 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from fcntl import F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, LOCK_EX, LOCK_NB, fcntl, flock
+from fcntl import F_DUPFD_CLOEXEC, LOCK_EX, LOCK_NB, fcntl, flock
 from time import monotonic, sleep
 
+from fdbroker.descriptors import open_now
 from fdbroker.errors import BadResource
 
 TYPE_CHECKING = False  # `typing` costs more to import than this module
@@ -184,21 +185,14 @@ def _resolve(address: str, host: str, port: int, kind: int) -> tuple[int, int, i
 def open_path(what: str) -> int:
     """The file at ``PATH[:r|rw|a]``; a path that itself ends like that is given its mode too.
 
-    Never waits for the other end of a FIFO or the carrier of a serial line (open(2), O_NONBLOCK);
-    the descriptor is a blocking one all the same.
+    Never waits for the other end of a FIFO or the carrier of a serial line.
     """
     path, mode = _read_path(what)
-    flags = MODES[mode] | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    flags = MODES[mode]
     place = os.path.abspath(path)
     if place.startswith("/dev/") and not place.startswith("/dev/shm/"):
         flags &= ~os.O_CREAT  # a device that is unplugged must not become a file
-    fd = os.open(path, flags, 0o666)
-    try:
-        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~os.O_NONBLOCK)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return open_now(path, flags)
 
 
 def _read_path(what: str) -> tuple[str, str]:

@@ -57,15 +57,19 @@ def load(
     lender = Lender(ledger)
     entries: dict[int, Entry] = {}
     for slot, state in enumerate(ledger.entry_states()):
-        if state != FREE and slot in descriptors:
+        if state == FREE:
+            continue
+        if slot in descriptors:
             entries[slot] = _entry(ledger, slot, descriptors[slot])
-        elif state != FREE:
+        else:
             ledger.commit_entry(slot, 0, FREE)
     sessions: list[Session] = []
     for slot, state in enumerate(ledger.session_states()):
-        if state != FREE and slot in peers:
+        if state == FREE:
+            continue
+        if slot in peers:
             sessions.append(_session(ledger, slot, peers[slot], entries))
-        elif state != FREE:
+        else:
             ledger.record(slot)[COMMIT] = FREE
     cells = {cell for session in sessions for cell in session.cells}
     lender.slots_taken(
