@@ -65,6 +65,7 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
 def run(project: pytest.Pytester, text: str, *options: str) -> pytest.RunResult:
     project.makepyfile(HEAD + text)
     plain = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")  # which takes long to import
+    plain += ("-rN",)  # where CI is set, the summary has every message whole: all leaks twice
     return project.runpytest_subprocess(*plain, *options, timeout=60)
 
 
