@@ -313,6 +313,22 @@ class CloseFailed(FDBrokerError, OSError):
     )
 
 
+class QuotaExceeded(FDBrokerError, OSError):
+    """The uid of this process has its share of `what`, which may be half of what others left.
+
+    `what` is one of sessions, loans, entries, waiting, bytes, closes.
+    """
+
+    code = 35
+    what: str
+    used: int
+    limit: int
+    says = (
+        "your uid uses {self.used} of the {self.limit} {self.what} that it may have now: give some "
+        'back, or have "quota" in a rule of the broker allow more'
+    )
+
+
 # --- the client's own ------------------------------------------------------------------------
 
 

@@ -14,42 +14,50 @@ apart, one table for all who have the same rights, and forgotten with the rules.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.errors import NotPermitted
+from fdbroker.errors import FDBrokerError, NotPermitted
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import KNOWN, VERBS
 from fdbroker.lender.names import check_name
+from fdbroker.lender.quotas import DEFAULT, Quota
 from fdbroker.lender.rules import READ, ROOT, Rights, Rule, Rules
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
 
+log = logging.getLogger("fdbroker")
+
 
 class Admission:
     """Who may do what at one broker."""
 
-    def __init__(self, rules: tuple[Rule, ...] = ()) -> None:
+    def __init__(self, rules: tuple[Rule, ...] = (), quota: Quota = DEFAULT) -> None:
         unknown_uid, unknown_gid = unix.unknown_ids()
-        self.rules = Rules(rules, os.geteuid(), unknown_uid=unknown_uid, unknown_gid=unknown_gid)
+        self.rules = Rules(
+            rules, os.geteuid(), quota, unknown_uid=unknown_uid, unknown_gid=unknown_gid
+        )
         self._known: dict[Rights, dict[bytes, tuple[int, Any]]] = {}
 
     def look_at(self, connection: Connection) -> None:
-        """Note what its peer may do."""
+        """Note what its peer may do, and have: of what sessions of one uid may, the most."""
         peer, groups = connection.peer, set[int]()
         if self.rules.gids and peer.uid != ROOT:
             groups = {peer.gid, *unix.groups(connection.sock)}
         rights = connection.rights = self.rules.rights(peer.uid, groups)
+        if not rights.unlimited:
+            connection.account.hold_to(rights.quota)
         connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
 
-    def check_hello(self, connection: Connection, puts: bool) -> None:
-        """Raise `NotPermitted` unless it may connect, and bring descriptors if it says so."""
+    def check_come(self, connection: Connection) -> None:
+        """Raise `NotPermitted` unless it may connect, `QuotaExceeded` if its uid has enough."""
         if not connection.rights.admitted:
             uid = connection.peer.uid
             raise NotPermitted(-1 if uid == self.rules.unknown_uid else uid, "connect")
-        if puts and not connection.rights.may_somewhere("put"):
-            raise NotPermitted(connection.peer.uid, "put")
+        for what in ("sessions", "closes"):
+            connection.quotas.check(connection.account, what)
 
 
 def check_right(at: Connection, verb: int, name: str | bytes, *, readonly: bool = False) -> None:
@@ -66,6 +74,14 @@ def check_right(at: Connection, verb: int, name: str | bytes, *, readonly: bool 
         if name:
             check_name(name)
         raise NotPermitted(at.peer.uid, right, name or "*")
+
+
+def log_refusal(at: Connection, error: FDBrokerError) -> None:
+    """One line of who was refused what."""
+    if isinstance(error, NotPermitted):  # its name is one, so it is shown as it is
+        log.warning("event=refused %s verb=%s name=%s", at, error.verb, error.name)
+    else:
+        log.warning('event=refused %s reason="%s"', at, error)
 
 
 def check_right_somewhere(at: Connection, verb: int) -> None:

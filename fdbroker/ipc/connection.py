@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import MESSAGE_BYTES
 from fdbroker.lender.parts import FREE, Peer, Session
+from fdbroker.lender.quotas import Account
 from fdbroker.lender.rules import NO_RIGHTS
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.unix import Inbox
+    from fdbroker.lender.quotas import Quotas
 
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
-NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""))  # the session of who has none yet
+NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""), Account(-1))  # who has none yet
 NOBODY.state = FREE
 
 
@@ -46,24 +48,30 @@ class Connection:
     """One client connection.  It has a session once its hello was answered."""
 
     __slots__ = (
+        "account",
+        "brings_descriptors",
         "inbox",
         "job",
         "known",
         "number",
         "peer",
+        "quotas",
         "receive",
         "repeated",
         "rights",
         "session",
         "sock",
         "state",
+        "unread",
         "unsent",
     )
 
-    def __init__(self, sock: socket.socket, peer: Peer) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, quotas: Quotas) -> None:
         self.sock = sock
         self.number = sock.fileno()
         self.peer = peer
+        self.quotas = quotas
+        self.account = quotas.account(peer.uid)
         self.state = GREETING
         self.session = NOBODY
         self.rights = NO_RIGHTS  # of the peer, by the rules of now
@@ -71,21 +79,29 @@ class Connection:
         self.inbox: Inbox | None = None  # the descriptors of the request at hand
         self.job: Request | None = None  # while WORKING, or ENDED meanwhile
         self.unsent: Unsent | None = None  # while UNREAD
+        self.unread = 0  # bytes of answers that it had not read when it got the last one
         self.repeated = False  # whether it ever asked for a grant again that it may have had
         self.receive: Callable[[], bytes] = self._receive_with_descriptors
+        self.brings_descriptors = True
         if unix.refuse_descriptors(sock):
             # nothing but bytes can come, and to receive no more than these takes half the time
+            self.brings_descriptors = False
             self.receive = partial(sock.recv, MESSAGE_BYTES, unix.RECEIVE_NOW)
 
     def accept_descriptors(self) -> None:
         """From now on the client may send descriptors."""
         unix.accept_descriptors(self.sock)
+        self.brings_descriptors = True
         self.receive = self._receive_with_descriptors
 
     def _receive_with_descriptors(self) -> bytes:
+        if self.account.limited:  # not once they are here: what cannot be closed stays
+            self.quotas.check(self.account, "closes", 0)
         data, self.inbox = unix.receive_now(self.sock, MESSAGE_BYTES)
-        if self.inbox is not None and self.state == READY:
-            self.state = LADEN
+        if self.inbox is not None:
+            self.quotas.add(self.account, "closes", len(self.inbox.fds))
+            if self.state == READY:
+                self.state = LADEN
         return data
 
     def __str__(self) -> str:

@@ -1,19 +1,27 @@
 """The door: who comes to the broker, until they have said hello.
 
-It accepts, and waits a moment where it cannot: EMFILE, ENFILE, ENOBUFS and ENOMEM leave the
-connection queued (accept(2)), and a level-triggered epoll would spin on it.  Who is let in and says
-nothing is shown out again.
+It accepts while there are descriptors for more than the broker itself, and waits a moment where it
+cannot: EMFILE, ENFILE, ENOBUFS and ENOMEM leave the connection queued (accept(2)), and a
+level-triggered epoll would spin on it.  Who may not come, or has enough already, is told so and
+turned away.
+Who is let in and says nothing is shown out again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+from fdbroker.errors import FDBrokerError
 from fdbroker.ipc import unix
+from fdbroker.ipc.admission import log_refusal
 from fdbroker.ipc.connection import Connection
+from fdbroker.ipc.jobs import HangUp
+from fdbroker.ipc.limits import descriptors_in_use, limit
 from fdbroker.ipc.loop import Loop
+from fdbroker.ipc.messages import encode_error
 from fdbroker.lender.books import SECOND
 from fdbroker.lender.parts import Peer
 
@@ -21,6 +29,9 @@ if TYPE_CHECKING:
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
 
+RESERVE = (
+    4  # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
+)
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello
 
@@ -42,11 +53,18 @@ class Door(Loop):
 
     @abstractmethod
     def begin(self, connection: Connection) -> None:
-        """It has come.  OSError: it cannot be served."""
+        """It has come.  OSError, `FDBrokerError`: it cannot be served."""
 
     @abstractmethod
     def end(self, connection: Connection) -> None:
         """It is over."""
+
+    def run(self) -> None:
+        """As `Loop.run`.  What is left of the limit of descriptors, clients may use from now on."""
+        quotas = self.lender.quotas
+        quotas.own = descriptors_in_use() - quotas.total.descriptors + RESERVE
+        quotas.descriptors = max(0, limit() - quotas.own)
+        super().run()
 
     def drain(self, seconds: float | None) -> None:
         """As `Loop.drain`.  Who connects from now on waits for the next broker, if there is one."""
@@ -56,22 +74,44 @@ class Door(Loop):
         super().drain(seconds)
 
     def _accept(self, about: None, events: int) -> None:
+        if self.lender.quotas.free_descriptors <= 0:
+            log.warning("event=accept-paused error='every descriptor is in use'")
+            self._pause()
+            return
         try:
             sock = self.listener.accept()
         except OSError as error:
             if self._accepting:
                 log.warning("event=accept-paused error=%r", error.strerror)
-            self._accepting = False
-            self.unwatch(self._number)
+            self._pause()
             self._resume_at = self.now + PAUSE  # it may be somebody else's shortage, and end unseen
             self._set_alarm()
             return
         self._accepting = True
-        if sock is not None:
-            connection = Connection(sock, Peer(*unix.credentials(sock)))
+        if sock is None:
+            return
+        connection = Connection(sock, Peer(*unix.credentials(sock)), self.lender.quotas)
+        try:
             self.begin(connection)
-            self._greeting[connection] = self.now + HELLO_TIME
-            self._set_alarm()
+        except FDBrokerError as refusal:
+            self._turn_away(connection, refusal)
+            return
+        self._greeting[connection] = self.now + HELLO_TIME
+        self._set_alarm()
+
+    def _pause(self) -> None:
+        """Who connects now is queued by the kernel."""
+        self._accepting = False
+        self.unwatch(self._number)
+
+    def _turn_away(self, connection: Connection, refusal: FDBrokerError) -> None:
+        """Tell it why, as the answer to its hello, and hang up."""
+        log_refusal(connection, refusal)
+        with contextlib.suppress(OSError):
+            connection.sock.send(encode_error(0, refusal), unix.SEND_NOW)
+        unix.shut_down(connection.sock)
+        self.lender.quotas.add(connection.account, "sessions")
+        self.workers.submit(HangUp(connection))
 
     def has_greeted(self, connection: Connection) -> None:
         """It has said hello, or is over."""
@@ -81,7 +121,9 @@ class Door(Loop):
     def resume_accepting(self) -> None:
         """A descriptor has become free, or the pause is over."""
         self._resume_at = 0
-        if not self._accepting and self._number not in self._watched:
+        if self._accepting or self._number in self._watched:
+            return
+        if self.lender.quotas.free_descriptors > 0:
             self.watch(self._number, self._accept)
 
     def ring(self) -> None:

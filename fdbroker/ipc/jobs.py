@@ -18,11 +18,10 @@ from fdbroker.ipc.workers import CLOSING, Job
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
-    import socket
-
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
     from fdbroker.lender.parts import Entry
+    from fdbroker.lender.quotas import Account
 
 log = logging.getLogger("fdbroker")
 
@@ -30,9 +29,13 @@ log = logging.getLogger("fdbroker")
 class Request(Job):
     """A request of a client.  Its session is not cleared before it is back."""
 
-    connection: Connection
-    seq: int
+    account: Account
     cancelled = 0  # the seq of the CANCEL that came meanwhile
+
+    def __init__(self, connection: Connection, seq: int) -> None:
+        self.account = connection.account
+        self.connection = connection
+        self.seq = seq
 
     def finish(self, server: Server) -> None:
         server.job_is_back(self.connection)
@@ -46,7 +49,7 @@ class Request(Job):
         if self.cancelled:
             server.lender.advance(self.connection.session, self.cancelled)
         if left := self.give_away():
-            server.workers.submit(Discard(left))
+            server.workers.submit(Discard(left, self.account))
         # one that got no answer would wait for ever
         if not answered or self.connection.state == ENDED:
             server.end(self.connection)
@@ -64,8 +67,7 @@ class Put(Request):
     """Look at a descriptor that a client has put, then enter it."""
 
     def __init__(self, connection: Connection, seq: int, name: str, flags: int, sysfd: int) -> None:
-        self.connection = connection
-        self.seq = seq
+        super().__init__(connection, seq)
         self.name = name
         self.flags = flags
         self.sysfds = [sysfd]  # until it is the FD's
@@ -99,6 +101,7 @@ class Put(Request):
             server.lender.advance(self.connection.session, self.seq)
             server.reply(self.connection, encode_error(self.seq, error))
             return
+        server.lender.quotas.add(self.account, "closes", -1)  # it is an entry now
         entry.where = self.where
         entry.ancillary = unix.rights((entry.sysfd,))
         server.custody.keep_entry(entry.slot, entry.sysfd)
@@ -134,17 +137,20 @@ class Put(Request):
 
 
 class Discard(Job):
-    """Close what was not kept, or was opened for one message only."""
+    """Close what was not kept, or was opened for one message only.  It is on the account's
+    closes."""
 
     lane = CLOSING
 
-    def __init__(self, fds: list[int]) -> None:
+    def __init__(self, fds: list[int], account: Account) -> None:
+        self.account = account
         self.fds = fds
 
     def run(self) -> None:
         close_each(self.fds)
 
     def finish(self, server: Server) -> None:
+        server.lender.quotas.add(self.account, "closes", -len(self.fds))
         server.resume_accepting()
 
 
@@ -153,15 +159,18 @@ class HangUp(Job):
 
     lane = CLOSING
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        # where no descriptor can be unread in it nothing hangs, and it waits for nothing that does
+        self.account = connection.account if connection.brings_descriptors else None
 
     def run(self) -> None:
-        with self.sock:
-            for fds in unix.never_read(self.sock):
+        with self._connection.sock as sock:
+            for fds in unix.never_read(sock):
                 close_each(fds)
 
     def finish(self, server: Server) -> None:
+        server.lender.quotas.add(self._connection.account, "sessions", -1)
         server.resume_accepting()
 
 
@@ -181,6 +190,7 @@ class Close(Job):
     lane = CLOSING
 
     def __init__(self, entry: Entry) -> None:
+        self.account = entry.account
         self.entry = entry
         self.error: OSError | None = None
 
@@ -197,6 +207,7 @@ class Close(Job):
             self.error = OSError(self.failure)
         if self.error is not None:
             log.error("event=close-failed entry=%s error=%r", self.entry.name, str(self.error))
+        server.lender.quotas.add(self.account, "closes", -1)
         server.custody.drop_entry(self.entry.slot)
         server.lender.closed(self.entry, self.error)
         server.resume_accepting()
@@ -209,8 +220,7 @@ class Reopen(Request):
     """
 
     def __init__(self, connection: Connection, seq: int, offset: int, sysfds: list[int]) -> None:
-        self.connection = connection
-        self.seq = seq
+        super().__init__(connection, seq)
         self.offset = offset
         self.sysfds = sysfds
         self.fresh: list[int] = []
@@ -228,6 +238,11 @@ class Reopen(Request):
             else:
                 reason = f"it cannot be opened anew for reading ({error.strerror})"
                 self.error = UnsupportedKind("file", reason)
+
+    def finish(self, server: Server) -> None:
+        # charged were all of them
+        server.lender.quotas.add(self.account, "closes", len(self.fresh) - len(self.sysfds))
+        super().finish(server)
 
     def give_away(self) -> list[int]:
         fresh, self.fresh = self.fresh, []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import select
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Loop(ABC):
             patience = self._patience() if waits else None
             happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-            for number, events in happened:
+            for number, events in happened if len(happened) < 2 else self.in_turn(happened):
                 found = watched.get(number)
                 if found is None:  # it ended with an event before this one
                     continue
@@ -111,6 +111,10 @@ class Loop(ABC):
             return None
         left = (first - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001
         return min(max(0.0, left), LONGEST_SLEEP)
+
+    def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+        """What of this to act upon now, and in which order; the rest will happen again."""
+        return happened
 
     @abstractmethod
     def ring(self) -> None:

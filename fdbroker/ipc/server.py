@@ -24,13 +24,14 @@ from fdbroker.errors import (
     FDBrokerError,
     NotPermitted,
     ProtocolError,
+    QuotaExceeded,
     TooManyInFlight,
     UnknownEntry,
     UnknownTicket,
     VersionMismatch,
 )
 from fdbroker.ipc import unix
-from fdbroker.ipc.admission import Admission
+from fdbroker.ipc.admission import Admission, check_right_somewhere, log_refusal
 from fdbroker.ipc.connection import (
     ENDED,
     GREETING,
@@ -54,6 +55,7 @@ from fdbroker.ipc.messages import (
     HEAD_BYTES,
     HELLO,
     ONE_OF_ONE,
+    PUT,
     RETURN,
     VERBS,
     VERSION,
@@ -68,15 +70,21 @@ from fdbroker.ipc.messages import (
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.lender.parts import FREE, LENT
+from fdbroker.lender.quotas import DEFAULT, Quota
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
+    from fdbroker.lender.quotas import Account
     from fdbroker.lender.rules import Rule
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
+
+UNWATCHED: tuple[Any, Any] = None, None
 
 log = logging.getLogger("fdbroker")
 
@@ -90,6 +98,7 @@ class Server(Door):
         self._admission = Admission()
         self._connections: dict[int, Connection] = {}  # by socket number
         self._by_slot: dict[int, Connection] = {}  # by session slot
+        self._served_last: set[Account] = set()
         self.watch(self.workers.wake, self._finish_jobs)
 
     def close(self) -> None:
@@ -104,15 +113,40 @@ class Server(Door):
         self.workers.close()
         self.listener.close()
 
-    def set_rules(self, rules: tuple[Rule, ...]) -> None:
-        """From now on these say who may do what, beside root and the broker's own uid.
+    def set_rules(self, rules: tuple[Rule, ...], quota: Quota = DEFAULT) -> None:
+        """From now on these say who may do what, and have how much, beside root and the broker's
+        own uid.
 
         They hold for the next request of every session, also of those that are open.  What was
         granted before stays granted: loans, and waits.
         """
-        self._admission = Admission(rules)
+        self._admission = Admission(rules, quota)
+        for account in self.lender.quotas.accounts.values():
+            account.forget_quota()
         for connection in self._connections.values():
             self._admission.look_at(connection)
+
+    def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+        """One request of each uid that is held to a quota, and all of the others.
+
+        So who keeps many sessions busy is ahead of nobody by more than one.  First come those of
+        whom nothing was taken up the last time.
+        """
+        now: list[tuple[int, int]] = []
+        later: list[tuple[int, int]] = []
+        served: set[Account] = set()
+        for event in happened:
+            action, about = self._watched.get(event[0], UNWATCHED)
+            if action == self._serve and about.account.limited:
+                if about.account in served:
+                    continue
+                served.add(about.account)
+                if about.account in self._served_last:
+                    later.append(event)
+                    continue
+            now.append(event)
+        self._served_last = served
+        return now + later
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
@@ -127,7 +161,9 @@ class Server(Door):
                 except Exception:
                     self._blame_us(connection)
             while self.lender.closings:
-                self.workers.submit(Close(self.lender.closings.popleft()))
+                entry = self.lender.closings.popleft()
+                self.lender.quotas.add(entry.account, "closes")
+                self.workers.submit(Close(entry))
 
     def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
         if error is None and connection.session.state == LENT:
@@ -145,8 +181,11 @@ class Server(Door):
     # --- sessions ---
 
     def begin(self, connection: Connection) -> None:
-        """It has come: serve it."""
-        self.watch(connection.number, self._serve, connection)  # may fail: max_user_watches
+        """It has come: serve it.  `NotPermitted`, `QuotaExceeded`; OSError: max_user_watches."""
+        self._admission.look_at(connection)
+        self._admission.check_come(connection)
+        self.watch(connection.number, self._serve, connection)
+        self.lender.quotas.add(connection.account, "sessions")
         self._connections[connection.number] = connection
 
     def _serve(self, connection: Connection, events: int) -> None:
@@ -242,8 +281,11 @@ class Server(Door):
     def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
         """Its request cannot be granted: the answer says why."""
         session = connection.session
-        if isinstance(error, NotPermitted):
-            self._log_refusal(connection, error)
+        if isinstance(error, NotPermitted | QuotaExceeded):
+            log_refusal(connection, error)
+        if isinstance(error, QuotaExceeded) and error.what == "closes":
+            self._hang_up_with(connection, error)
+            return
         self.lender.advance(session, session.seq + 1)
         if self.draining and isinstance(error, UnknownEntry | UnknownTicket):
             error = BrokerClosing()  # it has retired because of that
@@ -254,7 +296,7 @@ class Server(Door):
         inbox, connection.inbox = connection.inbox, None
         assert inbox is not None
         if left := inbox.give_away():
-            self.workers.submit(Discard(left))
+            self.workers.submit(Discard(left, connection.account))
 
     def _greet(self, connection: Connection, verb: int, seq: int, fields: tuple[int, bool]) -> None:
         """HELLO: who is it, may it, and does it speak our version?"""
@@ -262,13 +304,13 @@ class Server(Door):
             raise ProtocolError("client", "a session begins with hello")
         version, puts = fields
         try:
-            self._admission.look_at(connection)
-            self._admission.check_hello(connection, puts)
+            if puts:
+                check_right_somewhere(connection, PUT)
             if version != VERSION:
                 raise VersionMismatch(version, VERSION)
             connection.session = self.lender.open(connection.peer)
         except FDBrokerError as refusal:
-            self._log_refusal(connection, refusal)
+            log_refusal(connection, refusal)
             self.reply(connection, encode_error(0, refusal))
             self.end(connection)
             return
@@ -280,15 +322,12 @@ class Server(Door):
         self.custody.keep_session(connection.session.slot, connection.sock)
         self.reply(connection, encode([0, 0, VERSION]))
 
-    def _log_refusal(self, connection: Connection, error: FDBrokerError) -> None:
-        if isinstance(error, NotPermitted):  # its name is one, so it is shown as it is
-            log.warning("event=refused %s verb=%s name=%s", connection, error.verb, error.name)
-        else:
-            log.warning('event=refused %s reason="%s"', connection, error)
-
     def _fault(self, connection: Connection, error: ProtocolError) -> None:
         """The client broke the rules: tell it, as the answer that it waits for, and hang up."""
         log.warning('event=fault %s reason="%s"', connection, error.reason)
+        self._hang_up_with(connection, error)
+
+    def _hang_up_with(self, connection: Connection, error: FDBrokerError) -> None:
         seq = 0 if connection.state == GREETING else connection.session.seq + 1
         self.reply(connection, encode_error(seq, error))
         self.end(connection)
@@ -310,6 +349,7 @@ class Server(Door):
             del self._connections[connection.number]
             self._hang_up(connection)
             self._drop_unsent(connection)
+            self._note_unread(connection, 0)
         session = connection.session
         if session.state != FREE and connection.job is None:
             self.lender.clear(session, self.now)
@@ -320,13 +360,20 @@ class Server(Door):
     def _hang_up(self, connection: Connection) -> None:
         unix.shut_down(connection.sock)
         self.unwatch(connection.number)
-        self.workers.submit(HangUp(connection.sock))
+        self.workers.submit(HangUp(connection))
 
     # --- answers ---
 
     def reply(self, connection: Connection, data: bytes) -> None:
         """Send a message without descriptors, now or never."""
         if connection.state == ENDED:
+            return
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        unread = queued[0] if queued[0] >= LEAST_QUEUED else 0
+        self._note_unread(connection, unread + len(data))
+        if unread and self._reads_too_little(connection.account):
+            log.warning("event=ended %s reason=its-uid-reads-too-little", connection)
+            self.end(connection)
             return
         try:
             connection.sock.send(data, SEND_NOW)
@@ -335,6 +382,23 @@ class Server(Door):
             self.end(connection)
         except OSError:
             self.end(connection)
+
+    def _note_unread(self, connection: Connection, size: int) -> None:
+        """So much lies unread at it, as far as we know."""
+        self.lender.quotas.add(connection.account, "bytes", size - connection.unread)
+        connection.unread = size
+
+    def _reads_too_little(self, account: Account) -> bool:
+        """Whether its uid has more answers unread than it may; the kernel is asked only then."""
+        quotas = self.lender.quotas
+        if account.bytes <= quotas.limit(account, "bytes"):
+            return False
+        for connection in self._connections.values():
+            if connection.account is account and connection.unread:
+                ioctl(connection.number, SIOCOUTQ, QUEUED)
+                self._note_unread(connection, queued[0] if queued[0] >= LEAST_QUEUED else 0)
+        # well below it, so that not each answer from now on has us ask again
+        return account.bytes > quotas.limit(account, "bytes") * 3 // 4
 
     def hand_over(
         self, connection: Connection, seq: int, offset: int = 0, fresh: list[int] | None = None
@@ -351,6 +415,12 @@ class Server(Door):
             return
         if fresh is None and wish is not None and wish.readonly:
             sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
+            try:
+                self.lender.quotas.check(connection.account, "closes", len(sysfds))
+            except FDBrokerError as error:
+                self.take_back(connection, seq, offset, error)
+                return
+            self.lender.quotas.add(connection.account, "closes", len(sysfds))
             self.start_job(connection, Reopen(connection, seq, offset, sysfds))
             return
         if len(entries) == 1 and fresh is None:
@@ -368,7 +438,7 @@ class Server(Door):
             log.warning('event=not-sent %s reason="%s"', connection, error.strerror)
             self.take_back(connection, seq, offset, TooManyInFlight())
         if fresh:
-            self.workers.submit(Discard(fresh))
+            self.workers.submit(Discard(fresh, connection.account))
 
     def take_back(
         self, connection: Connection, seq: int, offset: int, error: FDBrokerError
@@ -404,7 +474,7 @@ class Server(Door):
     def _drop_unsent(self, connection: Connection) -> None:
         unsent, connection.unsent = connection.unsent, None
         if unsent is not None and unsent.fresh:
-            self.workers.submit(Discard(unsent.fresh))
+            self.workers.submit(Discard(unsent.fresh, connection.account))
 
     def start_job(self, connection: Connection, job: Request) -> None:
         """Have a worker do the slow part of this connection's request."""

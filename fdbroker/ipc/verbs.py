@@ -116,7 +116,7 @@ def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
         check_right(at, RETIRE, name)
     if server.draining:
         raise BrokerClosing()
-    server.lender.check_free(name, bool(flags & REPLACE))
+    server.lender.check_put(at.session, name, bool(flags & REPLACE))
     (sysfd,) = at.inbox.give_away()
     server.start_job(at, Put(at, seq, name, flags, sysfd))
     return None

@@ -67,20 +67,35 @@ class Wire:
 
     @classmethod
     def open(cls, address: str, *data: Any) -> Self:
-        """Connect and say hello; `NoBroker`, `NotPermitted`, `VersionMismatch`, `BrokerFull`."""
+        """Connect and say hello; `NoBroker`, `NotPermitted`, `VersionMismatch`, `BrokerFull`,
+        `QuotaExceeded`."""
         for _ in range(HELLO_TRIES):
             wire = cls(address, *data)
             try:
-                (version,) = wire.request(HELLO, messages.VERSION, cls.puts)
-                if version != messages.VERSION:
-                    raise VersionMismatch(messages.VERSION, version)
-            except BrokerGone:
+                wire._say_hello()
+            except ConnectionResetError:  # `BrokerGone` is one
+                wire.end()
                 continue
             except BaseException:
                 wire.end()
                 raise
             return wire
         raise BrokerGone(address)
+
+    def _say_hello(self) -> None:
+        """It may have been turned away already: then the answer is there, to be read."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.send(self.next(template(HELLO, messages.VERSION, self.puts)), unix.SEND)
+        try:
+            code, reply, _, _ = self.reply(0)
+        except BrokerGone:
+            raise
+        except ConnectionResetError:  # our hello came too late: that is said once, then the answer
+            code, reply, _, _ = self.reply(0)
+        owned.close(self.owned)  # nothing was promised
+        check_reply(HELLO, code, reply)
+        if reply != [messages.VERSION]:
+            raise VersionMismatch(messages.VERSION, *reply)
 
     def request(
         self, verb: int, *fields: Any, pages: bool = False, timeout: float | None = None

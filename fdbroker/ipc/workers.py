@@ -5,8 +5,9 @@ Each such call is a job: it runs in a thread and touches nothing that the loop u
 back on the loop, where it is finished, whatever became of it.
 
 Closing has threads of its own: what hangs while it is looked at or opened, or while it is closed,
-never stops the other.  All threads start with the broker, since one more may be refused later
-(pthread_create(3), EAGAIN).
+never stops the other.  Nor does what hangs for one uid stop all others: one has at most half of
+the threads that nobody else has, and what it wants done beyond that waits.  All threads start with
+the broker, since one more may be refused later (pthread_create(3), EAGAIN).
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import logging
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from queue import SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING
+
+from fdbroker.lender.quotas import half
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fdbroker.ipc.server import Server
+    from fdbroker.lender.quotas import Account
 
-THREADS = 4  # in each lane
+THREADS = 8  # in each lane
 LOOKING, CLOSING = LANES = "look", "close"
 APART = ""  # a thread of its own, for what may hang and is the broker's own: the end never waits
 END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
@@ -49,6 +53,7 @@ class Job(ABC):
     """One slow thing."""
 
     lane = LOOKING
+    account: Account | None = None  # for whom it is done; None: for the broker itself
     failure = ""  # what `run` raised, by a mistake of ours
 
     @abstractmethod
@@ -60,21 +65,67 @@ class Job(ABC):
         """On the loop: what follows from it, also after a `failure`."""
 
 
+class Lane:
+    """The threads for one kind of job, and who may have them."""
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # each has a thread, or will at once
+        self._free = THREADS
+        self._busy: Counter[Account | None] = Counter()  # threads, by for whom
+        self._waiting: dict[Account | None, deque[Job]] = {}
+
+    def put(self, job: Job) -> None:
+        """One more."""
+        self._waiting.setdefault(job.account, deque()).append(job)
+        self._start(job.account)
+
+    def finished(self, job: Job) -> None:
+        """Its thread is free again: who waits gets it, those who were not served longest first."""
+        self._free += 1
+        self._busy[job.account] -= 1
+        if not self._busy[job.account]:
+            del self._busy[job.account]
+        for account in list(self._waiting):
+            self._start(account)
+
+    def _start(self, account: Account | None) -> None:
+        """As many of its jobs as may be."""
+        waiting, started = self._waiting[account], False
+        while (
+            waiting and self._free and self._busy[account] < half(self._busy[account], self._free)
+        ):
+            self._free -= 1
+            self._busy[account] += 1
+            self.jobs.put(waiting.popleft())
+            started = True
+        if started:
+            del self._waiting[account]
+            if waiting:
+                self._waiting[account] = waiting  # behind the others
+
+    def start_all(self) -> None:
+        """No fairness any more: it ends."""
+        for waiting in self._waiting.values():
+            for job in waiting:
+                self.jobs.put(job)
+        self._waiting.clear()
+
+
 class Workers:
     """The threads, and an eventfd that tells of finished jobs.  OSError if one cannot start."""
 
     def __init__(self) -> None:
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._jobs: dict[str, SimpleQueue[Job | None]] = {}
+        self._lanes: dict[str, Lane] = {}
         self._done: deque[Job] = deque()
         self._threads: list[threading.Thread] = []
         self.pending = 0  # jobs that are not finished, but for ...
         self.apart = 0  # ... those with a thread of their own
         try:
             for lane in LANES:
-                jobs = self._jobs[lane] = SimpleQueue()
+                self._lanes[lane] = Lane()
                 for _ in range(THREADS):
-                    self._threads.append(start_thread(self._work, jobs))
+                    self._threads.append(start_thread(self._work, self._lanes[lane].jobs))
         except BaseException:
             self.close()
             raise
@@ -88,7 +139,7 @@ class Workers:
             self.apart += 1
         else:
             self.pending += 1
-            self._jobs[job.lane].put(job)
+            self._lanes[job.lane].put(job)
 
     def finish(self, server: Server) -> None:
         """On the loop: finish the jobs that are back.  A mistake in one is no other's."""
@@ -102,6 +153,7 @@ class Workers:
                 self.apart -= 1
             else:
                 self.pending -= 1
+                self._lanes[job.lane].finished(job)
             try:
                 job.finish(server)
             except Exception:
@@ -109,9 +161,10 @@ class Workers:
 
     def close(self) -> None:
         """Let the threads end; one that is stuck ends with the process."""
-        for jobs in self._jobs.values():
+        for lane in self._lanes.values():
+            lane.start_all()
             for _ in range(THREADS):
-                jobs.put(None)
+                lane.jobs.put(None)
         deadline = monotonic() + END_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - monotonic()))

@@ -38,6 +38,7 @@ from fdbroker.lender.parts import (
     Session,
     Wish,
 )
+from fdbroker.lender.quotas import Quotas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,6 +54,7 @@ class Books:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.quotas = Quotas(ledger.sessions, ledger.entries, ledger.cells)
         self.sessions: dict[int, Session] = {}  # by slot
         self.entries: dict[int, Entry] = {}  # by slot; LIVE and RETIRING
         self.names: dict[str, Entry] = {}  # LIVE ones only
@@ -118,6 +120,7 @@ class Books:
         """The session has its loan: each of the entries is one reference longer open."""
         assert session.wish is not None
         slot, exclusive = session.slot, session.wish.exclusive
+        session.account.loans += len(session.entries)
         for entry in session.entries:
             entry.fd.incref()
             entry.holders[slot] = session
@@ -140,6 +143,7 @@ class Books:
         """The session waits for all entries of its wish."""
         assert session.wish is not None
         self.waiting += 1
+        self.quotas.add(session.account, "waiting")
         for entry in session.entries:
             if session.slot not in entry.line:
                 entry.line[session.slot] = session
@@ -148,6 +152,7 @@ class Books:
 
     def _step_out(self, session: Session) -> None:
         self.waiting -= 1
+        self.quotas.add(session.account, "waiting", -1)
         session.deadline = FOREVER
         for entry in session.entries:
             entry.line.pop(session.slot, None)
@@ -224,6 +229,7 @@ class Books:
         self, session: Session, wish: Wish, entries: Sequence[Entry], now: int
     ) -> None:
         """Raise if `session` must not wait: its process has it itself, or it has no time."""
+        self.quotas.check(session.account, "waiting")
         pid = session.peer.pid
         for entry in entries:
             if entry.held_exclusively and pid:
@@ -264,6 +270,7 @@ class Books:
 
     def enter(self, entry: Entry) -> None:
         self.entries[entry.slot] = entry
+        self.quotas.add(entry.account, "entries")
         if entry.state == LIVE and entry.name:
             self.names[entry.name] = entry
         elif entry.state == LIVE:
@@ -289,6 +296,7 @@ class Books:
             self.closings.append(entry)
 
     def watch(self, session: Session, entry: Entry) -> None:
+        self.quotas.add(session.account, "waiting")
         session.awaited = entry
         entry.watchers[session.slot] = session
 
@@ -305,4 +313,5 @@ class Books:
         self._commit(session, IDLE)
         session.deadline = FOREVER
         if entry is not None:
+            self.quotas.add(session.account, "waiting", -1)
             entry.watchers.pop(session.slot, None)

@@ -64,7 +64,8 @@ class Lender(Books):
     def open(self, peer: Peer) -> Session:
         """A new session; `BrokerFull` if there is no room for one."""
         slot = self._session_slots.take()
-        session = Session(slot, self.ledger.count(NEXT_SESSION), peer, self.ledger.record(slot))
+        id, account = self.ledger.count(NEXT_SESSION), self.quotas.account(peer.uid)
+        session = Session(slot, id, peer, self.ledger.record(slot), account)
         session.record[ID] = session.id
         self._commit(session, IDLE)
         self.sessions[session.slot] = session
@@ -98,8 +99,8 @@ class Lender(Books):
     def borrow(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
         """Grant a loan of all that is wished for: True; or put it in the line: False.
 
-        Raises `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, and `BorrowTimeout`
-        where the timeout is 0.
+        Raises `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, `QuotaExceeded`, and
+        `BorrowTimeout` where the timeout is 0.
         """
         if session.state != IDLE:
             raise out_of_turn(session, "a session carries one loan, or one wait")
@@ -111,6 +112,9 @@ class Lender(Books):
             if exclusive and (entry.holders or entry.line):
                 return self._stand_in_line(session, seq, wish, now)
             entries.append(entry)
+        account = session.account
+        if account.loans >= account.most_loans:
+            self.quotas.check(account, "loans")
         if wish.has_more:
             self._note_more(session, wish, entries)
         record = session.record
@@ -126,6 +130,7 @@ class Lender(Books):
         """It cannot be granted at once."""
         entries = [self.find(name) for name in wish.names]
         self._refuse_wait(session, wish, entries, now)
+        self.quotas.check(session.account, "loans")
         if wish.has_more:
             self._note_more(session, wish, entries)
         record = session.record
@@ -139,8 +144,9 @@ class Lender(Books):
         return False
 
     def _note_more(self, session: Session, wish: Wish, entries: list[Entry]) -> None:
-        """Write what most loans have not; `BrokerFull`, and nothing was noted."""
+        """Write what most loans have not; `BrokerFull`, `QuotaExceeded`: nothing was noted."""
         if len(entries) > 1:
+            self.quotas.check(session.account, "loans", len(entries))
             session.cells = self._cells.take_many(len(entries) - 1)
             self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
             session.record[CELL] = session.cells[0]
@@ -154,6 +160,7 @@ class Lender(Books):
             raise out_of_turn(session, "a return without a loan")
         session.seq, session.state, session.wish, session.entries = seq, IDLE, None, ()
         session.record[COMMIT] = seq << STATE_BITS | IDLE
+        session.account.loans -= len(entries)
         others_concerned = False
         for entry in entries:
             entry.fd.decref()
@@ -201,10 +208,12 @@ class Lender(Books):
 
     # --- entries ---
 
-    def check_free(self, name: str, replace: bool) -> None:
-        """Raise `NameTaken` if `put` would, so that it is known before any work is done."""
+    def check_put(self, session: Session | None, name: str, replace: bool) -> None:
+        """Raise what `put` would, so that it is known before any work is done."""
         if name in self.names and not replace:
             raise NameTaken(name)
+        if session is not None:
+            self.quotas.check(session.account, "entries")
 
     def put(
         self,
@@ -223,10 +232,10 @@ class Lender(Books):
         """A new entry that owns `fd`, under a name or under a ticket (the other is empty).
 
         With `replace` an entry of that name retires.  `session` is who puts it; None is the
-        broker itself, which runs as `uid`.  Raises `NameTaken` and `BrokerFull`, and the FD stays
-        the caller's.
+        broker itself, which runs as `uid`.  Raises `NameTaken`, `QuotaExceeded` and `BrokerFull`,
+        and the FD stays the caller's.
         """
-        self.check_free(name, replace)
+        self.check_put(session, name, replace)
         entry = Entry(
             self._entry_slots.take(), name, ticket, self.ledger.count(NEXT_GENERATION), fd
         )
@@ -234,6 +243,7 @@ class Lender(Books):
         if session is not None:
             entry.maker, entry.maker_seq, entry.uid = session.id, seq, session.peer.uid
             entry.owner = session if ephemeral else None
+            entry.account = session.account
             session.made = entry
         entry.ephemeral = entry.owner is not None
         key = name.encode() or ticket
@@ -262,9 +272,11 @@ class Lender(Books):
     ) -> None:
         """Retire, and decide for `session` when the final close has happened.
 
-        `WouldDeadlock`, with nothing changed, for a process that has the entry on loan itself.
+        `WouldDeadlock`, with nothing changed, for a process that has the entry on loan itself;
+        `QuotaExceeded` likewise.
         """
         entry = self.find(name)
+        self.quotas.check(session.account, "waiting")
         pid = session.peer.pid
         if pid and any(holder.peer.pid == pid for holder in entry.holders.values()):
             raise WouldDeadlock(entry.name, pid)
@@ -284,6 +296,7 @@ class Lender(Books):
         self.ledger.commit_entry(entry.slot, 0, FREE)
         entry.state = FREE
         del self.entries[entry.slot]
+        self.quotas.add(entry.account, "entries", -1)
         self._entry_slots.give(entry.slot)
 
     # --- time ---

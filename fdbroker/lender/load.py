@@ -60,7 +60,7 @@ def load(
         if state == FREE:
             continue
         if slot in descriptors:
-            entries[slot] = _entry(ledger, slot, descriptors[slot])
+            entries[slot] = _entry(lender, slot, descriptors[slot])
         else:
             ledger.commit_entry(slot, 0, FREE)
     sessions: list[Session] = []
@@ -68,7 +68,7 @@ def load(
         if state == FREE:
             continue
         if slot in peers:
-            sessions.append(_session(ledger, slot, peers[slot], entries))
+            sessions.append(_session(lender, slot, peers[slot], entries))
         else:
             ledger.record(slot)[COMMIT] = FREE
     cells = {cell for session in sessions for cell in session.cells}
@@ -93,19 +93,21 @@ def load(
     return lender
 
 
-def _entry(ledger: Ledger, slot: int, fd: FD) -> Entry:
-    generation, state, record = ledger.read_entry(slot)
+def _entry(lender: Lender, slot: int, fd: FD) -> Entry:
+    generation, state, record = lender.ledger.read_entry(slot)
     name, ticket = ("", record.name) if record.flags & NAMELESS else (record.name.decode(), b"")
     entry = Entry(slot, name, ticket, generation, fd)
     entry.state, entry.kind, entry.since, entry.uid = state, record.kind, record.since, record.uid
     entry.maker, entry.maker_seq = record.maker, record.maker_seq
     entry.ephemeral = bool(record.flags & EPHEMERAL)
+    entry.account = lender.quotas.account(entry.uid) if entry.maker else None
     return entry
 
 
-def _session(ledger: Ledger, slot: int, peer: Peer, entries: dict[int, Entry]) -> Session:
+def _session(lender: Lender, slot: int, peer: Peer, entries: dict[int, Entry]) -> Session:
+    ledger = lender.ledger
     seq, state, id, record = ledger.read_session(slot)
-    session = Session(slot, id, peer, ledger.record(slot))
+    session = Session(slot, id, peer, ledger.record(slot), lender.quotas.account(peer.uid))
     session.seq, session.state = seq, state
     if state in (WAITING, CLOSING):
         session.asked, session.asked_seq = record.asked, record.borrow_seq

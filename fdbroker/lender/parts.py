@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from fdbroker.lender.quotas import Account
     from fdbroker.rc import FD
 
 FREE, IDLE, WAITING, LENT, CLOSING = range(5)  # a session's states
@@ -42,6 +43,7 @@ class Entry:
     """A descriptor that the broker keeps under a name, or nameless under a ticket."""
 
     __slots__ = (
+        "account",
         "ancillary",
         "ephemeral",
         "fd",
@@ -82,6 +84,7 @@ class Entry:
         self.owner: Session | None = None  # ... this session ends
         self.since = 0
         self.uid = 0
+        self.account: Account | None = None  # who is charged for it; None: the broker itself
         self.holders: dict[int, Session] = {}  # by slot: who has it on loan
         self.held_exclusively = False
         self.line: OrderedDict[int, Session] = OrderedDict()  # who waits for it, in order
@@ -134,6 +137,7 @@ class Session:
     their own: what `wish` got, or waits for, is `entries`, and the rest is beside it."""
 
     __slots__ = (
+        "account",
         "arrival",
         "asked",
         "asked_seq",
@@ -154,10 +158,13 @@ class Session:
         "wish",
     )
 
-    def __init__(self, slot: int, id: int, peer: Peer, record: memoryview) -> None:
+    def __init__(
+        self, slot: int, id: int, peer: Peer, record: memoryview, account: Account
+    ) -> None:
         self.slot = slot
         self.id = id
         self.peer = peer
+        self.account = account  # who is charged for what it does
         self.record = record  # its words in the ledger
         self.seq = 0  # of the last message that was acted upon
         self.state = IDLE

@@ -26,9 +26,11 @@ Nothing here asks the kernel: who a peer is, and what stands for unknown, are ar
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import translate
 from typing import NamedTuple
+
+from fdbroker.lender.quotas import DEFAULT, Quota
 
 VERBS = frozenset({"borrow", "put", "retire", "list", "admin"})
 READ = "read"  # to borrow with mode="r", which every rule for `borrow` allows too
@@ -48,6 +50,7 @@ class Rule(NamedTuple):
     gid: int | None = None
     everyone: bool = False
     mode: str = ""  # "r": what it allows to borrow, it allows with mode="r" only
+    quota: Mapping[str, int] = {}  # of each uid that it speaks of, in place of the general one
 
     def is_about(self, uid: int, groups: Collection[int]) -> bool:
         """Whether it speaks of a peer with this uid and these groups."""
@@ -70,15 +73,23 @@ class Rule(NamedTuple):
 class Rights:
     """What all rules that speak of a peer allow it.  Never changed: other rules make others.
 
-    admitted: whether it may connect at all.  unlimited: whether it may do everything.
+    admitted: whether it may connect at all.  unlimited: whether it may do everything, and have
+    what there is.  quota: what it may have, else; of what several rules say, the most.
     """
 
-    __slots__ = ("_patterns", "admitted", "unlimited")
+    __slots__ = ("_patterns", "admitted", "quota", "unlimited")
 
-    def __init__(self, rules: Iterable[Rule] = (), *, unlimited: bool = False) -> None:
+    def __init__(
+        self, rules: Iterable[Rule] = (), quota: Quota = DEFAULT, *, unlimited: bool = False
+    ) -> None:
         rules = tuple(rules)
         self.unlimited = unlimited
         self.admitted = unlimited or bool(rules)
+        own: dict[str, int] = {}
+        for rule in rules:
+            for what, most in rule.quota.items():
+                own[what] = max(most, own.get(what, 0))
+        self.quota = quota._replace(**own)
         self._patterns = {
             verb: re.compile("|".join(map(translate, patterns)))
             for verb in (*VERBS, READ)
@@ -112,11 +123,13 @@ class Rules:
         self,
         rules: Iterable[Rule],
         own_uid: int,
+        quota: Quota = DEFAULT,
         *,
         unknown_uid: int | None = None,
         unknown_gid: int | None = None,
     ) -> None:
         self.unknown_uid = unknown_uid
+        self._quota = quota
         self._rules = [rule for rule in rules if rule.gid is None or rule.gid != unknown_gid]
         self._unlimited = {ROOT, own_uid} - {unknown_uid}
         self._rights: dict[tuple[int, ...], Rights] = {(): NO_RIGHTS}  # by the rules that apply
@@ -131,5 +144,6 @@ class Rules:
         about = tuple(n for n, rule in enumerate(self._rules) if rule.is_about(uid, groups))
         rights = self._rights.get(about)
         if rights is None:
-            rights = self._rights[about] = Rights(self._rules[number] for number in about)
+            rules = [self._rules[number] for number in about]
+            rights = self._rights[about] = Rights(rules, self._quota)
         return rights

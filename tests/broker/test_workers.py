@@ -20,6 +20,7 @@ import fdbroker
 from fdbroker.errors import BrokerGone, CloseFailed
 from fdbroker.ipc.jobs import Discard
 from fdbroker.ipc.workers import THREADS
+from fdbroker.lender.quotas import Account
 
 from .planted import broker_with
 from .puppet import Puppet
@@ -210,7 +211,7 @@ def test_what_is_discarded_is_closed_to_the_last():
     before = open_files()
     fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
     os.close(fds[1])
-    Discard(fds).run()
+    Discard(fds, Account(0)).run()
     assert open_files() == before
 
 

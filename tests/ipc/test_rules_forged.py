@@ -111,6 +111,7 @@ def test_a_bad_name_is_never_logged(ruled: Ruled) -> None:
 
 def test_nothing_goes_before_hello(ruled: Ruled) -> None:
     ruled.put("web")
+    ruled.set_rules(rule(*VERBS))
     for message in ([BORROW, 1, "web", *SHARED], [STATS, 0], [RETIRE, 1, "web", False, None]):
         with session_as(ruled.address, ALICE, hello=False) as raw:
             raw.send(*message)

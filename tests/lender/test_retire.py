@@ -216,9 +216,9 @@ def test_a_name_is_taken_as_long_as_its_entry_lives(rig: Rig):
     assert caught.value.name == "web"
     assert rig.ledger.buffer == before
     with pytest.raises(NameTaken):
-        rig.lender.check_free("web", replace=False)
-    rig.lender.check_free("web", replace=True)
-    rig.lender.check_free("other", replace=False)
+        rig.lender.check_put(None, "web", replace=False)
+    rig.lender.check_put(None, "web", replace=True)
+    rig.lender.check_put(None, "other", replace=False)
 
 
 def test_replace_leaves_no_instant_without_an_entry(rig: Rig):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.lender.names import check_name
+from fdbroker.lender.quotas import DEFAULT, WHAT
 from fdbroker.lender.rules import ALL_RIGHTS, NO_RIGHTS, VERBS, Rule, Rules
 
 OWN, ALICE, BOB, UNKNOWN = 500, 1000, 1001, 65534
@@ -144,6 +145,7 @@ some_rules = st.lists(
         st.sampled_from([None, ALICE, BOB]),
         st.sampled_from([None, STAFF, AUDIO]),
         st.booleans(),
+        quota=st.dictionaries(st.sampled_from(WHAT), st.integers(0, 3)),
     ),
     max_size=4,
 )
@@ -165,6 +167,9 @@ def test_against_the_plain_reading(rules, name, uid, groups) -> None:
             verb in rule.verbs and any(fnmatchcase(name, pattern) for pattern in rule.names)
             for rule in about
         )
+    for what, most in zip(WHAT, found.quota, strict=True):
+        said = [rule.quota[what] for rule in about if what in rule.quota]
+        assert most == max(said, default=getattr(DEFAULT, what))
 
 
 def test_what_a_refusal_suggests_is_a_pattern_for_that_name_alone() -> None:
