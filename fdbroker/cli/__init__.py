@@ -24,6 +24,7 @@ COMMANDS = {  # and what the list of them says
     "put": "put one more descriptor into a running broker",
     "ls": "list the entries",
     "loans": "list who has what on loan",
+    "stats": "show what each user uses of the broker",
     "retire": "take an entry out; its last return closes it",
     "exec": "borrow descriptors and become the program that uses them",
 }

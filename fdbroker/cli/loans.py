@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pwd import getpwuid
 from time import time
 
 from fdbroker.cli.options import add_socket
-from fdbroker.cli.output import complain, print_json, print_table
+from fdbroker.cli.output import complain, print_json, print_table, user
 from fdbroker.errors import UnknownEntry, duration
 from fdbroker.ipc.client import Client, LoanInfo
 from fdbroker.lender.names import check_name
@@ -65,13 +64,5 @@ def _check_entry(client: Client, name: str) -> None:
 def _row(loan: LoanInfo, now: float) -> tuple[object, ...]:
     held = duration(round(max(0.0, now - loan.since)))
     exclusive = "yes" if loan.exclusive else "no"
-    who = loan.pid or "unknown", _user(loan.uid), held
+    who = loan.pid or "unknown", user(loan.uid), held
     return (loan.entry, loan.generation, loan.id, *who, exclusive, loan.process, loan.purpose)
-
-
-def _user(uid: int) -> str:
-    """Its name, or the number if it has none."""
-    try:
-        return getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -52,6 +52,16 @@ def print_json(value: Any) -> None:
     write(json.dumps(value, indent=2) + "\n")
 
 
+def user(uid: int) -> str:
+    """Its name, or the number if it has none."""
+    from pwd import getpwuid
+
+    try:
+        return getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 class Unwritable(Exception):
     """stdout did not take the answer; the errno, and what it stands for."""
 

@@ -9,10 +9,14 @@
     [entry.web]                     # a name; then one of listen, open, memfd (openers.py)
     listen = ":8000"
 
+    [quota]                         # what each uid may have at most
+    sessions = 100                  # loans, entries, waiting, bytes, closes
+
     [[rule]]                        # to whom: a uid, a gid, or everyone
     uid = "deploy"
     names = ["web*"]                # patterns; all names if it is left out
     verbs = ["borrow", "list"]
+    quota = { loans = 8 }           # in place of the one for all
 
 The file is read as a whole, into values that never change; or it has a mistake, and then nothing
 is made of it: `ConfigError` says where, and what would be right.
@@ -27,6 +31,7 @@ from fdbroker import openers
 from fdbroker.errors import BadAddress, BadName, BadResource, ConfigError
 from fdbroker.ipc.address import check_path
 from fdbroker.lender.names import check_name
+from fdbroker.lender.quotas import DEFAULT, NO_LIMIT, WHAT, Quota
 from fdbroker.lender.rules import Rule
 
 if TYPE_CHECKING:
@@ -64,6 +69,7 @@ class Config(NamedTuple):
     settings: Settings = Settings()
     entries: tuple[Resource, ...] = ()
     rules: tuple[Rule, ...] = ()
+    quota: Quota = DEFAULT
 
 
 class Mistake(Exception):
@@ -169,8 +175,9 @@ def _config(document: dict[str, Any]) -> Config:
     )
     rules = top.take("rule", _list, [])
     found = tuple(_rule(Table(rule, ("rule", index))) for index, rule in enumerate(rules))
+    quota = DEFAULT._replace(**_quota(Table(top.take("quota", _any, {}), ("quota",))))
     top.check_all_known()
-    return Config(settings, entries, found)
+    return Config(settings, entries, found, quota)
 
 
 def _settings(table: Table) -> Settings:
@@ -209,8 +216,15 @@ def _rule(table: Table) -> Rule:
     mode = table.take("mode", _read_only, "")
     if mode and "borrow" not in verbs:
         raise table.mistake('mode = "r" is about what is borrowed: verbs take "borrow" then')
+    quota = _quota(Table(table.take("quota", _any, {}), (*table.keys, "quota")))
     table.check_all_known()
-    return Rule(verbs, names, user, group, everyone, mode)
+    return Rule(verbs, names, user, group, everyone, mode, quota)
+
+
+def _quota(table: Table) -> dict[str, int]:
+    given = {what: table.take(what, _count) for what in WHAT}
+    table.check_all_known()
+    return {what: most for what, most in given.items() if most is not None}
 
 
 # --- values: each returns what is meant, or says in a ValueError what it should be ------------
@@ -234,6 +248,12 @@ def _true(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> int:
+    if not (_is_integer(value) and 0 <= value < NO_LIMIT):
+        raise ValueError("a number, 0 or more")
+    return int(value)
 
 
 def _socket(value: Any) -> str:
@@ -344,7 +364,7 @@ def _said(keys: Keys) -> str:
     if not keys:
         return ""
     if keys[0] == "rule":
-        return "[[rule]]"
+        return f"[[rule]] {' '.join(map(str, keys[2:]))}".rstrip()
     return f"[{'.'.join(map(str, keys))}]"
 
 

@@ -255,7 +255,7 @@ class Resources:
         """Take what is in `opened`; what the name is no longer free for stays in it."""
         lender, now = self._server.lender, self._server.now
         resources = {resource.name: resource for resource in wanted.entries}
-        self._server.set_rules(wanted.rules)
+        self._server.set_rules(wanted.rules, wanted.quota)
         vanished = self._made.keys() - resources.keys()
         for name in vanished:
             _, entry = self._made.pop(name)

@@ -21,6 +21,7 @@ from fdbroker.ipc.messages import (
     REPLACE,
     RETIRE,
     STATS,
+    USAGE,
     EntryRow,
     LoanRow,
 )
@@ -87,6 +88,18 @@ class LoanInfo(NamedTuple):
         from fdbroker.ipc.processes import name_of
 
         return name_of(self.pid, self.since)
+
+
+class Usage(NamedTuple):
+    """What one uid uses of the broker: what `Client.usage` lists.
+
+    Of both the keys are sessions, loans, entries, waiting, bytes, closes.
+    """
+
+    uid: int
+    used: dict[str, int]
+    limits: dict[str, int | None]
+    """As things are now: more is free when others give back.  None: whatever there is."""
 
 
 class Client:
@@ -277,6 +290,19 @@ class Client:
         """Counts of the broker: sessions, entries, loans, waiting, descriptors, and more."""
         (pairs,) = self._request(STATS)
         return dict(pairs)
+
+    def usage(self) -> list[Usage]:
+        """What each uid uses of the broker, and what it may use at most, by uid."""
+        from fdbroker.lender.quotas import WHAT
+
+        found: list[Usage] = []
+        cursor = 0
+        while True:
+            cursor, rows = self._request(USAGE, cursor, pages=True)
+            for uid, *lists in rows:
+                found.append(Usage(uid, *(dict(zip(WHAT, one, strict=True)) for one in lists)))
+            if not cursor:
+                return found
 
     # --- the client itself ---
 

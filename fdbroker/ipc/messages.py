@@ -112,7 +112,7 @@ def _wish(fields: list[Any]) -> Wish:
     )
 
 
-HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
+HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS, USAGE = range(11)
 
 VERBS: dict[int, Verb] = {
     # puts: whether this session will bring descriptors; only then the broker receives any on it
@@ -144,6 +144,7 @@ VERBS: dict[int, Verb] = {
         ),
     ),
     STATS: Verb("stats", "admin", ()),
+    USAGE: Verb("usage", "admin", (Field("cursor", (int,), CURSOR),)),
 }
 REPLIES: dict[int, int] = {  # how many fields the reply to each verb has
     HELLO: 1,  # version
@@ -154,6 +155,7 @@ REPLIES: dict[int, int] = {  # how many fields the reply to each verb has
     ENTRIES: 2,  # the cursor of the next page (0: none), rows
     LOANS: 3,  # the cursor and index of the next page (0, 0: none), rows
     STATS: 1,  # [name, number] pairs
+    USAGE: 2,  # the cursor of the next page (0: none), rows
 }
 
 
@@ -182,6 +184,14 @@ class LoanRow(NamedTuple):
     exclusive: bool
     purpose: str
     generation: int
+
+
+class UsageRow(NamedTuple):
+    """What a uid uses as USAGE lists it; both lists in the order of `quotas.WHAT`."""
+
+    uid: int
+    used: list[int]
+    limits: list[int | None]
 
 
 _ERRORS = errors.by_code()

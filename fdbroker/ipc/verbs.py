@@ -34,14 +34,17 @@ from fdbroker.ipc.messages import (
     RETIRE,
     RETURN,
     STATS,
+    USAGE,
     WHERE_CHARS,
     EntryRow,
     LoanRow,
+    UsageRow,
     encode,
 )
 from fdbroker.lender.lender import out_of_turn
 from fdbroker.lender.names import check_name
 from fdbroker.lender.parts import IDLE, LENT, LIVE
+from fdbroker.lender.quotas import NO_LIMIT, WHAT
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
@@ -220,6 +223,29 @@ def stats(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     return encode([0, seq, list(server.stats().items())])
 
 
+def usage(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
+    """One page of what each uid uses, by uid from the cursor on."""
+    (cursor,) = fields
+    _require(at, IDLE, LENT)
+    check_right(at, USAGE, "")
+    server.lender.advance(at.session, seq)
+    quotas, following, rows = server.lender.quotas, 0, list[UsageRow]()
+    for uid in sorted(uid for uid in quotas.accounts if uid >= cursor):
+        if len(rows) == PAGE_ROWS:
+            following = uid
+            break
+        account = quotas.accounts[uid]
+        limits = [quotas.limit(account, what) for what in WHAT]
+        rows.append(
+            UsageRow(
+                uid,
+                [getattr(account, what) for what in WHAT],
+                [limit if limit < NO_LIMIT else None for limit in limits],
+            )
+        )
+    return encode([0, seq, following, rows])
+
+
 HANDLERS: dict[int, Handler] = {
     HELLO: hello,
     BORROW: borrow,
@@ -231,4 +257,5 @@ HANDLERS: dict[int, Handler] = {
     ENTRIES: entries,
     LOANS: loans,
     STATS: stats,
+    USAGE: usage,
 }

@@ -1,0 +1,52 @@
+"""fdbroker stats: what each user uses of the broker."""
+
+from __future__ import annotations
+
+import argparse
+
+from fdbroker.cli.options import add_socket
+from fdbroker.cli.output import print_json, print_table, user, write
+from fdbroker.ipc.client import Client, Usage
+from fdbroker.lender.quotas import WHAT
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.description = (
+        "Show what each user uses of the broker, and of how much (11/512): the most that\n"
+        "it may have as things are now.  Root and the broker's own user are counted, but\n"
+        "held to nothing.  It takes the right to admin."
+    )
+    parser.epilog = """columns:
+  SESSIONS  connections            WAITING  requests that wait for a turn or a close
+  LOANS     entries on loan        BYTES    of answers that nobody has read
+  ENTRIES   what it has put        CLOSES   descriptors that are being closed
+
+examples:
+  fdbroker stats
+  fdbroker stats --json | jq '.users[] | select(.used.closes > 0)'"""
+    parser.add_argument("--json", action="store_true", help="for programs: an object")
+    add_socket(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print it, by uid."""
+    with Client(options.socket) as client:
+        usage, counts = client.usage(), client.stats()
+    if options.json:
+        print_json({"broker": counts, "users": [one._asdict() for one in usage]})
+        return 0
+    print_table(["USER", *map(str.upper, WHAT)], map(_row, usage))
+    entries = "1 entry" if counts["entries"] == 1 else f"{counts['entries']} entries"
+    write(f"{entries} in all, {counts['descriptors']} open descriptors\n")
+    return 0
+
+
+def _row(usage: Usage) -> list[str]:
+    cells = (
+        str(usage.used[what])
+        if (limit := usage.limits[what]) is None
+        else f"{usage.used[what]}/{limit}"
+        for what in WHAT
+    )
+    return [user(usage.uid), *cells]
