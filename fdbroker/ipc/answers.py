@@ -1,0 +1,170 @@
+"""What the broker sends: answers, and the descriptors of loans.
+
+It never waits for a client.  A message that cannot be sent at once ends the session, and so does an
+answer to one whose uid leaves too much unread.  One with descriptors is only sent when the client
+has read the one before it: the kernel counts descriptors in flight per uid, and a client that never
+reads would use them up.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+from abc import abstractmethod
+from fcntl import ioctl
+from typing import TYPE_CHECKING
+
+from fdbroker.errors import FDBrokerError, TooManyInFlight
+from fdbroker.ipc import unix
+from fdbroker.ipc.connection import ENDED, READY, UNREAD, Connection, Unsent
+from fdbroker.ipc.door import Door
+from fdbroker.ipc.jobs import Discard, Reopen
+from fdbroker.ipc.loop import READABLE
+from fdbroker.ipc.messages import (
+    DESCRIPTORS,
+    GRANTED,
+    ONE_OF_ONE,
+    encode_error,
+    encode_grant,
+    pack_grant,
+)
+from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.jobs import Request
+    from fdbroker.ipc.listener import Listener
+    from fdbroker.lender import Lender
+    from fdbroker.lender.quotas import Account
+
+GONE = int(select.EPOLLHUP | select.EPOLLERR)
+EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
+
+log = logging.getLogger("fdbroker")
+
+
+class Answers(Door):
+    """A door whose connections can be answered."""
+
+    def __init__(self, listener: Listener, lender: Lender) -> None:
+        super().__init__(listener, lender)
+        self._connections: dict[int, Connection] = {}  # by socket number
+
+    @abstractmethod
+    def _serve(self, connection: Connection, events: int) -> None:
+        """It can be received from."""
+
+    @abstractmethod
+    def start_job(self, connection: Connection, job: Request) -> None:
+        """Have a worker do the slow part of this connection's request."""
+
+    def reply(self, connection: Connection, data: bytes) -> None:
+        """Send a message without descriptors, now or never."""
+        if connection.state == ENDED:
+            return
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        unread = queued[0] if queued[0] >= LEAST_QUEUED else 0
+        self._note_unread(connection, unread + len(data))
+        if unread and self._reads_too_little(connection.account):
+            log.warning("event=ended %s reason=its-uid-reads-too-little", connection)
+            self.end(connection)
+            return
+        try:
+            connection.sock.send(data, SEND_NOW)
+        except BlockingIOError:
+            log.warning("event=ended %s reason=it-does-not-read", connection)
+            self.end(connection)
+        except OSError:
+            self.end(connection)
+
+    def _note_unread(self, connection: Connection, size: int) -> None:
+        """So much lies unread at it, as far as we know."""
+        self.lender.quotas.add(connection.account, "bytes", size - connection.unread)
+        connection.unread = size
+
+    def _reads_too_little(self, account: Account) -> bool:
+        """Whether its uid has more answers unread than it may; the kernel is asked only then."""
+        quotas = self.lender.quotas
+        if account.bytes <= quotas.limit(account, "bytes"):
+            return False
+        for connection in self._connections.values():
+            if connection.account is account and connection.unread:
+                ioctl(connection.number, SIOCOUTQ, QUEUED)
+                self._note_unread(connection, queued[0] if queued[0] >= LEAST_QUEUED else 0)
+        # well below it, so that not each answer from now on has us ask again
+        return account.bytes > quotas.limit(account, "bytes") * 3 // 4
+
+    def hand_over(
+        self, connection: Connection, seq: int, offset: int = 0, fresh: list[int] | None = None
+    ) -> None:
+        """Send the descriptors of a loan, which is on the ledger, from `offset` on.
+
+        Those of a read-only loan are opened for it first (`fresh`), and closed afterwards.
+        """
+        session = connection.session
+        entries, wish = session.entries, session.wish
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        if queued[0] >= LEAST_QUEUED:
+            self._wait_until_read(connection, Unsent(seq, offset, fresh))
+            return
+        if fresh is None and wish is not None and wish.readonly:
+            sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
+            try:
+                self.lender.quotas.check(connection.account, "closes", len(sysfds))
+            except FDBrokerError as error:
+                self.take_back(connection, seq, offset, error)
+                return
+            self.lender.quotas.add(connection.account, "closes", len(sysfds))
+            self.start_job(connection, Reopen(connection, seq, offset, sysfds))
+            return
+        if len(entries) == 1 and fresh is None:
+            data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
+            rights = entries[0].ancillary
+        else:
+            fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
+            data = encode_grant(seq, len(entries), len(fds), session.since)
+            rights = unix.rights(fds)
+        try:
+            connection.sock.sendmsg((data,), rights, SEND_NOW)
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self.end(connection)
+        except OSError as error:
+            log.warning('event=not-sent %s reason="%s"', connection, error.strerror)
+            self.take_back(connection, seq, offset, TooManyInFlight())
+        if fresh:
+            self.workers.submit(Discard(fresh, connection.account))
+
+    def take_back(
+        self, connection: Connection, seq: int, offset: int, error: FDBrokerError
+    ) -> None:
+        """The descriptors from `offset` on cannot be sent; the client is told why.
+
+        If it has none of the loan yet, that ends here.  Else only the client knows when it has
+        closed them, and returns the loan.
+        """
+        if offset == 0 and not connection.repeated:
+            self.lender.take_back(connection.session, self.now)
+        self.reply(connection, encode_error(seq, error))
+
+    def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:
+        connection.state, connection.unsent = UNREAD, unsent
+        self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
+
+    def _send_unsent(self, connection: Connection, events: int) -> None:
+        """The client has read a message, or is gone; then what it sent before is received."""
+        unsent = connection.unsent
+        assert unsent is not None
+        ioctl(connection.number, SIOCOUTQ, QUEUED)
+        if not events & GONE and queued[0] >= LEAST_QUEUED:
+            return
+        self.rewatch(connection.number, READABLE, self._serve, connection)
+        connection.state = READY
+        if events & GONE:
+            self._drop_unsent(connection)
+            return
+        connection.unsent = None
+        self.hand_over(connection, *unsent)
+
+    def _drop_unsent(self, connection: Connection) -> None:
+        unsent, connection.unsent = connection.unsent, None
+        if unsent is not None and unsent.fresh:
+            self.workers.submit(Discard(unsent.fresh, connection.account))
