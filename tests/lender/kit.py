@@ -162,7 +162,25 @@ def view(lender: Lender, at_closer=()) -> dict:
         "waiting": lender.waiting,
         "closings": sorted(entry.slot for entry in (*lender.closings, *at_closer)),
         "deadline": lender.next_deadline(),
+        "accounts": {
+            uid: (account.sessions, account.loans, account.entries, account.waiting)
+            for uid, account in lender.quotas.accounts.items()
+            if not account.idle
+        },
     }
+
+
+def come(lender: Lender, peer: Peer) -> Session:
+    """A session whose connection is on its uid's account, as the door sees to."""
+    session = lender.open(peer)
+    lender.quotas.add(session.account, "sessions")
+    return session
+
+
+def leave(lender: Lender, session: Session) -> None:
+    """The opposite, once it is cleared."""
+    lender.forget(session)
+    lender.quotas.add(session.account, "sessions", -1)
 
 
 DOES = {IDLE: "idle", WAITING: "waiting", LENT: "lent", CLOSING: "closing"}
@@ -230,7 +248,7 @@ class Rig:
         self.now = 1000 * SECOND
 
     def client(self, pid: int = 0, uid: int = 1000) -> Session:
-        return self.lender.open(Peer(uid, uid, pid))
+        return come(self.lender, Peer(uid, uid, pid))
 
     def clients(self, count: int) -> list[Session]:
         return [self.client() for _ in range(count)]
@@ -261,7 +279,7 @@ class Rig:
 
     def end(self, who: Session) -> None:
         self.lender.clear(who, self.now)
-        self.lender.forget(who)
+        leave(self.lender, who)
 
     def time_passes(self, seconds: float) -> None:
         self.now += int(seconds * SECOND)

@@ -290,7 +290,19 @@ class NaiveLender:
             "waiting": len(self.waiting),
             "closings": sorted(entry.slot for entry in self.closings()),
             "deadline": min(deadlines, default=None),
+            "accounts": {uid: used for uid in self.uids() if any(used := self.used(uid))},
         }
+
+    def uids(self):
+        return {session.peer[0] for session in self.sessions} | {e.uid for e in self.entries}
+
+    def used(self, uid):
+        return (
+            sum(session.peer[0] == uid for session in self.sessions),
+            sum(len(loan.entries) for loan in self.loans if loan.session.peer[0] == uid),
+            sum(entry.uid == uid and entry.maker != 0 for entry in self.entries),
+            sum(wait.session.peer[0] == uid for wait in self.waiting + self.watches),
+        )
 
     def view_session(self, session):
         seen = {"id": session.id, "peer": session.peer, "seq": session.seq, "does": "idle"}

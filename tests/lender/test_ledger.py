@@ -25,7 +25,7 @@ from fdbroker.lender.lender import Lender
 from fdbroker.lender.load import load
 from fdbroker.lender.parts import IDLE, LENT, Peer, Wish
 
-from .kit import CountingFD, CutLedger, Descriptors, Rig, buffer_for, reload, view
+from .kit import CountingFD, CutLedger, Descriptors, Rig, buffer_for, come, reload, view
 
 
 def words(buffer) -> list[int]:
@@ -263,7 +263,7 @@ LARGE = 10_000, 100_000, 100_000
 
 def use_a_little(buffer: memoryview) -> tuple[Lender, Descriptors]:
     lender, descriptors = Lender(Ledger(buffer, *LARGE)), Descriptors()
-    session = lender.open(Peer(1000, 1000, 1))
+    session = come(lender, Peer(1000, 1000, 1))
     for name in "abc":
         lender.put(None, 0, name, b"", descriptors.new(), 1, 5)
     lender.borrow(session, 1, Wish(("a", "b")), 5)

@@ -32,7 +32,9 @@ from .kit import (
     CutLedger,
     Descriptors,
     buffer_for,
+    come,
     counters,
+    leave,
     reload,
     told,
     view,
@@ -202,7 +204,7 @@ class Machine(RuleBasedStateMachine):
         self.peers[slot] = peer
 
         def real(lender: Lender) -> None:
-            assert lender.open(peer).slot == slot
+            assert come(lender, peer).slot == slot
 
         self.event("open", real, lambda model: model.open(tuple(peer)))
 
@@ -222,7 +224,7 @@ class Machine(RuleBasedStateMachine):
             return  # killed in between: the session is still in the books
         self.event(
             "forget",
-            lambda lender: lender.forget(lender.sessions[slot]),
+            lambda lender: leave(lender, lender.sessions[slot]),
             lambda model: model.forget(session),
         )
 
