@@ -86,12 +86,16 @@ class Answers(Door):
         quotas = self.lender.quotas
         if account.bytes <= quotas.limit(account, "bytes"):
             return False
-        for connection in self._connections.values():
-            if connection.account is account and connection.unread:
-                ioctl(connection.number, SIOCOUTQ, QUEUED)
-                self._note_unread(connection, queued[0] if queued[0] >= LEAST_QUEUED else 0)
+        self.look_at_unread(account)
         # well below it, so that not each answer from now on has us ask again
         return account.bytes > quotas.limit(account, "bytes") * 3 // 4
+
+    def look_at_unread(self, account: Account | None = None) -> None:
+        """Ask how much of what was sent is unread, by the sessions of one account or of all."""
+        for connection in self._connections.values():
+            if connection.unread and account in (None, connection.account):
+                ioctl(connection.number, SIOCOUTQ, QUEUED)
+                self._note_unread(connection, queued[0] if queued[0] >= LEAST_QUEUED else 0)
 
     def hand_over(
         self, connection: Connection, seq: int, offset: int = 0, fresh: list[int] | None = None

@@ -110,8 +110,11 @@ class Door(Loop):
         with contextlib.suppress(OSError):
             connection.sock.send(encode_error(0, refusal), unix.SEND_NOW)
         unix.shut_down(connection.sock)
-        self.lender.quotas.add(connection.account, "sessions")
-        self.workers.submit(HangUp(connection))
+        # it is on the account only where it may have brought what cannot be closed
+        charged = connection.account if connection.brings_descriptors else None
+        self.lender.quotas.add(charged, "sessions")
+        self.workers.submit(HangUp(connection, charged))
+        self.lender.quotas.drop_idle(connection.account)
 
     def has_greeted(self, connection: Connection) -> None:
         """It has said hello, or is over."""

@@ -159,18 +159,19 @@ class HangUp(Job):
 
     lane = CLOSING
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, charged: Account | None) -> None:
+        self._sock = connection.sock
+        self._charged = charged  # for a session
         # where no descriptor can be unread in it nothing hangs, and it waits for nothing that does
         self.account = connection.account if connection.brings_descriptors else None
 
     def run(self) -> None:
-        with self._connection.sock as sock:
+        with self._sock as sock:
             for fds in unix.never_read(sock):
                 close_each(fds)
 
     def finish(self, server: Server) -> None:
-        server.lender.quotas.add(self._connection.account, "sessions", -1)
+        server.lender.quotas.add(self._charged, "sessions", -1)
         server.resume_accepting()
 
 

@@ -344,7 +344,7 @@ class Server(Answers):
     def _hang_up(self, connection: Connection) -> None:
         unix.shut_down(connection.sock)
         self.unwatch(connection.number)
-        self.workers.submit(HangUp(connection))
+        self.workers.submit(HangUp(connection, connection.account))
 
     def start_job(self, connection: Connection, job: Request) -> None:
         """Have a worker do the slow part of this connection's request."""

@@ -151,7 +151,12 @@ class Quotas:
         if account is not None:
             setattr(account, what, getattr(account, what) + count)
         setattr(self.total, what, getattr(self.total, what) + count)
-        if count < 0 and account is not None and account.idle:
+        if count < 0 and account is not None:
+            self.drop_idle(account)
+
+    def drop_idle(self, account: Account) -> None:
+        """Forget it if it uses nothing."""
+        if account.idle:
             self.accounts.pop(account.uid, None)
 
 

@@ -70,6 +70,11 @@ class Ruled:
         self._control.send(pickle.dumps(rules))
         assert self._hear() == len(rules)
 
+    def limit_descriptors(self, number: int) -> None:
+        """As if it had so many for its clients."""
+        self._control.send(pickle.dumps(number))
+        assert self._hear() == number
+
     def put(self, *names: str) -> None:
         """Entries of those names."""
         for name in names:
@@ -132,6 +137,10 @@ def serve(address: str, control: socket.socket) -> None:
             server.drain(0)
             return
         rules = pickle.loads(data)
+        if isinstance(rules, int):
+            lender.quotas.descriptors = rules
+            control.send(data)
+            return
         server.set_rules(rules)
         control.send(pickle.dumps(len(rules)))
 

@@ -1,0 +1,327 @@
+"""Quotas between real users: who is refused, with which figures, and that all comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ruled import (
+    ALICE,
+    BOB,
+    Ruled,
+    ask_as,
+    become,
+    connected_as,
+    memory,
+    rule,
+    session_as,
+)
+from support import BORROW, ENTRIES, LOANS, PUT, RETIRE, SHARED, Raw, wait_until
+
+import fdbroker
+from fdbroker.errors import QuotaExceeded
+from fdbroker.lender.quotas import DEFAULT, WHAT
+from fdbroker.lender.rules import VERBS
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
+
+EXCEEDED = 35  # the code of QuotaExceeded
+
+
+def all_allowed(uid: int = ALICE, **quota: int) -> Any:
+    return rule(*VERBS, uid=uid)._replace(quota=quota)
+
+
+def used(ruled: Ruled, uid: int) -> dict[str, int]:
+    """What it uses, as the broker says; nothing of it: all zero."""
+    found = {usage.uid: usage.used for usage in ruled.client.usage()}
+    return found.get(uid, dict.fromkeys(WHAT, 0))
+
+
+def is_free(ruled: Ruled, *uids: int) -> bool:
+    return not {usage.uid for usage in ruled.client.usage()} & set(uids)
+
+
+def turned_away(address: str, uid: int) -> list[Any]:
+    """The answer to who connects as `uid`."""
+    with session_as(address, uid, hello=False) as raw:
+        with contextlib.suppress(BrokenPipeError):
+            raw.send(0, 0, 1, False)
+        message, _ = raw.receive()
+        if message is None:  # its hello came too late: that is said once, then the answer
+            message, _ = raw.receive()
+        assert message is not None
+        return message
+
+
+def test_sessions(ruled: Ruled) -> None:
+    ruled.set_rules(all_allowed(sessions=3), all_allowed(BOB))
+    crowd = [session_as(ruled.address, ALICE) for _ in range(3)]  # each of another process
+    assert used(ruled, ALICE)["sessions"] == 3
+    for _ in range(20):
+        assert turned_away(ruled.address, ALICE) == [EXCEEDED, 0, "sessions", 3, 3]
+    with pytest.raises(QuotaExceeded, match="uses 3 of the 3 sessions"):
+        ask_as(ruled.address, lambda client: client.entries())
+    session_as(ruled.address, BOB).sock.close()
+    crowd.pop().sock.close()
+    wait_until(lambda: used(ruled, ALICE)["sessions"] == 2)
+    crowd.append(session_as(ruled.address, ALICE))
+    for raw in crowd:
+        raw.sock.close()
+    wait_until(lambda: is_free(ruled, ALICE, BOB))
+    assert len([line for line in ruled.refusals() if "3 of the 3 sessions" in line]) == 21
+
+
+def test_who_may_not_connect_holds_no_session(ruled: Ruled) -> None:
+    ruled.set_rules(all_allowed(BOB))
+    crowd = [connected_as(ruled.address, ALICE) for _ in range(20)]  # and say nothing
+    wait_until(lambda: used(ruled, ALICE)["sessions"] == 0)
+    assert ruled.client.stats()["connections"] == 1
+    assert is_free(ruled, ALICE)
+    for sock in crowd:
+        assert sock.recv(1000)[1] == 29
+        assert sock.recv(1000) == b""
+        sock.close()
+
+
+def test_half_of_what_is_free(ruled: Ruled) -> None:
+    """The broker's own descriptors are left to it, and to whoever comes."""
+    ruled.set_rules(all_allowed(sessions=10**6), all_allowed(BOB, sessions=10**6))
+    ruled.limit_descriptors(20)
+    crowd: dict[int, list[socket.socket]] = {ALICE: [], BOB: []}
+    try:
+        for uid, socks in crowd.items():
+            while (sock := come_as(ruled.address, uid)) is not None:
+                socks.append(sock)
+        # one is taken: by the client that has set the limit
+        assert [len(socks) for socks in crowd.values()] == [10, 5]
+        ruled.client.stats()  # root is served
+        for sock in crowd[ALICE]:
+            sock.close()
+        crowd[ALICE] = []
+        wait_until(lambda: used(ruled, ALICE)["sessions"] == 0)
+        while (sock := come_as(ruled.address, BOB)) is not None:
+            crowd[BOB].append(sock)
+        assert len(crowd[BOB]) == 10
+    finally:
+        for socks in crowd.values():
+            for sock in socks:
+                sock.close()
+
+
+def come_as(address: str, uid: int) -> socket.socket | None:
+    """A session, unless it is turned away because of its quota."""
+    sock = connected_as(address, uid)
+    with contextlib.suppress(BrokenPipeError):
+        sock.send(b"\x94\0\0\1\xc2")
+    try:
+        answer = sock.recv(1000)
+    except ConnectionResetError:
+        answer = sock.recv(1000)
+    if answer[1] == 0:
+        return sock
+    assert answer[1] == EXCEEDED
+    sock.close()
+    return None
+
+
+def test_entries(ruled: Ruled) -> None:
+    ruled.set_rules(all_allowed(entries=2))
+
+    def put_three(client: fdbroker.Client) -> tuple[Any, ...]:
+        with memory() as number:
+            client.put("a", number)
+            client.put("b", number)
+            with pytest.raises(QuotaExceeded) as caught:
+                client.put("c", number)
+            with pytest.raises(QuotaExceeded):
+                client.put("a", number, replace=True)  # for a moment there would be three
+            client.retire("a", wait=True)
+            client.put("c", number)
+            return caught.value.data
+
+    assert ask_as(ruled.address, put_three) == ("entries", 2, 2)
+    wait_until(lambda: used(ruled, ALICE) == dict.fromkeys(WHAT, 0) | {"entries": 2})
+    for name in "bc":
+        ruled.client.retire(name, wait=True)
+    wait_until(lambda: is_free(ruled, ALICE))
+
+
+def test_loans_and_waiting(ruled: Ruled) -> None:
+    ruled.put("a", "b", "c")
+    ruled.set_rules(all_allowed(loans=3, waiting=1))
+
+    def ask(client: fdbroker.Client) -> list[Any]:
+        with client.borrow_all(["a", "b"]):
+            with pytest.raises(QuotaExceeded) as caught:
+                client.borrow_all(["a", "c"])
+            return [caught.value.data, used(ruled, ALICE)["loans"]]
+
+    assert ask_as(ruled.address, ask)[0] == ("loans", 2, 3)
+    with ruled.client.borrow("a", exclusive=True):
+        waiting, other = (session_as(ruled.address, ALICE) for _ in range(2))
+        waiting.send(BORROW, 1, "a", *SHARED)
+        wait_until(lambda: used(ruled, ALICE)["waiting"] == 1)
+        other.send(BORROW, 1, "a", *SHARED)
+        assert other.receive() == ([EXCEEDED, 1, "waiting", 1, 1], [])
+        other.send(RETIRE, 2, "b", True, None)
+        assert other.receive() == ([EXCEEDED, 2, "waiting", 1, 1], [])
+        waiting.sock.close()
+        wait_until(lambda: used(ruled, ALICE)["waiting"] == 0)
+        other.sock.close()
+    wait_until(lambda: is_free(ruled, ALICE))
+
+
+def test_bytes_that_nobody_reads(ruled: Ruled) -> None:
+    """Many sessions, each with less unread than the kernel would queue for one."""
+    with memory() as number:
+        for count in range(64):
+            ruled.client.put(f"{'x' * 200}{count:03}", number)
+    ruled.set_rules(all_allowed(bytes=300_000), all_allowed(BOB))
+    good = session_as(ruled.address, BOB)
+    crowd = [session_as(ruled.address, ALICE) for _ in range(8)]
+    for seq in range(1, 5):
+        for raw in crowd:
+            with contextlib.suppress(BrokenPipeError):
+                raw.send(ENTRIES, seq, 0)
+        good.send(ENTRIES, seq, 0)
+        message, _ = good.receive()
+        assert message is not None
+        assert len(message[3]) == 64
+    ended = wait_until(lambda: [line for line in ruled.log() if "reads-too-little" in line])
+    assert all(f"uid={ALICE}" in line for line in ended)
+    now = used(ruled, ALICE)
+    assert 0 < now["sessions"] < 8
+    assert now["bytes"] <= 300_000
+    for raw in crowd:  # who reads has its answers
+        raw.sock.close()
+    good.sock.close()
+    wait_until(lambda: is_free(ruled, ALICE, BOB))
+
+
+def test_who_reads_is_not_held_to_what_it_had_unread(ruled: Ruled) -> None:
+    ruled.put("a")
+    ruled.set_rules(all_allowed(bytes=5000))
+    with session_as(ruled.address, ALICE) as raw:
+        for turn in range(100):
+            raw.send(ENTRIES, 2 * turn + 1, 0)
+            raw.send(LOANS, 2 * turn + 2, "", 0, 0)  # the answer to the first may be unread then
+            for _ in range(2):
+                message, _ = raw.receive()
+                assert message is not None
+                assert message[0] == 0
+
+
+def test_all_counts_are_zero_after_any_number_of_killed_clients(ruled: Ruled) -> None:
+    ruled.put("a", "b", "c")
+    ruled.set_rules(all_allowed(), all_allowed(BOB))
+    ways = [hold, hold_several, wait_for_a_turn, put_and_share, lie_unread]
+    with ruled.client.borrow("a", exclusive=True):
+        victims = [
+            start_as(uid, ruled.address, way)
+            for _ in range(3)
+            for way in ways
+            for uid in (ALICE, BOB)
+        ]
+        wait_until(lambda: used(ruled, ALICE)["waiting"] == used(ruled, BOB)["waiting"] == 3)
+        before = used(ruled, ALICE)
+        assert before["sessions"] == 15
+        assert before["loans"] == 9
+        assert before["entries"] == 3
+        assert before["bytes"] > 0
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    for entry in ruled.client.entries():
+        ruled.client.retire(entry.name)
+    wait_until(lambda: is_free(ruled, ALICE, BOB))
+    wait_until(lambda: ruled.client.stats()["entries"] == 0)
+    stats = ruled.client.stats()
+    assert (stats["loans"], stats["waiting"]) == (0, 0)
+
+
+def hold(raw: Raw) -> None:
+    raw.borrow(1, "b")
+
+
+def hold_several(raw: Raw) -> None:
+    raw.send(BORROW, 1, ["b", "c"], *SHARED)
+    raw.receive()
+
+
+def wait_for_a_turn(raw: Raw) -> None:
+    raw.send(BORROW, 1, "a", *SHARED)
+
+
+def put_and_share(raw: Raw) -> None:
+    with memory() as number:
+        raw.send(PUT, 1, "", 6, fds=[number])
+        raw.receive()
+
+
+def lie_unread(raw: Raw) -> None:
+    for seq in range(1, 9):
+        raw.send(ENTRIES, seq, 0)
+
+
+def start_as(uid: int, address: str, way: Callable[[Raw], None]) -> int:
+    """A process of that user which does so, and stays."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        become(uid)
+        raw = Raw(address)
+        way(raw)
+        while True:
+            signal.pause()
+    finally:
+        os._exit(1)
+
+
+def test_one_request_of_each_at_a_time(ruled: Ruled) -> None:
+    """Who asks last, behind 45 requests of another, has waited for a few of them only."""
+    ruled.put("a")
+    ruled.set_rules(all_allowed(), all_allowed(BOB))
+    crowd = [session_as(ruled.address, ALICE) for _ in range(45)]
+    good = session_as(ruled.address, BOB)
+    with stopped(ruled.pid):
+        for raw in (*crowd, good):
+            raw.send(BORROW, 1, "a", *SHARED)
+    times = {}
+    for raw in (*crowd, good):
+        message, fds = raw.receive()
+        assert message is not None
+        times[raw] = message[4]
+        os.close(*fds)
+    earlier = sum(times[raw] < times[good] for raw in crowd)
+    assert earlier <= 4
+    for raw in (*crowd, good):
+        raw.sock.close()
+    wait_until(lambda: is_free(ruled, ALICE, BOB))
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process does nothing in the block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_usage_says_what_each_may_have(ruled: Ruled) -> None:
+    ruled.set_rules(all_allowed(loans=7))
+    with session_as(ruled.address, ALICE):
+        usage = {one.uid: one for one in ruled.client.usage()}
+        assert usage[0].limits == dict.fromkeys(WHAT)  # root: whatever there is
+        assert usage[ALICE].used == dict.fromkeys(WHAT, 0) | {"sessions": 1}
+        assert usage[ALICE].limits["loans"] == 7
+        limits = usage[ALICE].limits.items()
+        assert all(0 < limit <= getattr(DEFAULT, what) for what, limit in limits if limit)
