@@ -164,7 +164,8 @@ def open_now(path: str, flags: int) -> int:
 def switch_linger_off(fd: int) -> None:
     """Let the coming close(2) of a socket return at once (SO_LINGER, socket(7))."""
     with contextlib.suppress(OSError):  # not a socket, or none that lingers
-        sock = socket.socket(fileno=fd)
+        # said to be of IPv4, whatever it is: of AF_VSOCK, Python takes no bytes for an option
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_OFF)
         finally:

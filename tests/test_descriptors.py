@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -227,6 +228,11 @@ def test_linger_is_switched_off(stack: ExitStack) -> None:
     switch_linger_off(sock.fileno())
     found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
     assert struct.unpack("ii", found)[0] == 0
+    with contextlib.suppress(OSError):  # there is no vsock
+        sock = stack.enter_context(socket.socket(socket.AF_VSOCK))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 1 << 32 | 1)
+        switch_linger_off(sock.fileno())
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER) & 0xFFFFFFFF == 0
     for number in os.pipe():
         switch_linger_off(owned(stack, number))
         os.fstat(number)
