@@ -53,6 +53,11 @@ def check(how: str, what: str) -> None:
     READERS[how](what)
 
 
+def listens(how: str, what: str) -> bool:
+    """Whether `make` would make a socket that listens: one of streams, not of datagrams."""
+    return how == "listen" and _read_address(what)[0] == socket.SOCK_STREAM
+
+
 def discard(how: str, fd: int) -> None:
     """Close what `make` made and nobody took; the path of a socket goes with it (unix(7))."""
     if how != "listen":

@@ -76,6 +76,12 @@ def test_internet_sockets(stack: ExitStack) -> None:
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     kind, where = inspect(client.fileno())
     assert kind == Kind.STREAM_SOCKET
+    later = stack.enter_context(socket.socket())
+    later.bind(("127.0.0.1", 0))
+    where_it_is = "{}:{}".format(*later.getsockname())
+    assert inspect(later.fileno()) == (Kind.UNCONNECTED_SOCKET, where_it_is)
+    later.listen()
+    assert inspect(later.fileno()) == (Kind.LISTENING_SOCKET, where_it_is)
     assert where == "{}:{}".format(*client.getsockname())
     udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     assert inspect(udp.fileno()) == (Kind.DATAGRAM_SOCKET, "0.0.0.0:0")

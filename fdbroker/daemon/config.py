@@ -209,8 +209,15 @@ def _rule(table: Table) -> Rule:
     mode = table.take("mode", _read_only, "")
     if mode and "borrow" not in verbs:
         raise table.mistake('mode = "r" is about what is borrowed: verbs take "borrow" then')
+    listeners = table.take("listeners", _true, False)
+    if listeners and "borrow" not in verbs:
+        reason = 'listeners = true is about what is borrowed: verbs take "borrow" then'
+        raise table.mistake(reason, "listeners")
+    if listeners and mode:
+        reason = 'listeners = true does not go with mode = "r": no socket can be lent read-only'
+        raise table.mistake(reason, "listeners")
     table.check_all_known()
-    return Rule(verbs, names, user, group, everyone, mode)
+    return Rule(verbs, names, user, group, everyone, mode, listeners)
 
 
 # --- values: each returns what is meant, or says in a ValueError what it should be ------------

@@ -99,9 +99,7 @@ class Put(Request):
             server.lender.advance(self.connection.session, self.seq)
             server.reply(self.connection, encode_error(self.seq, error))
             return
-        entry.where = self.where
-        entry.ancillary = unix.rights((entry.sysfd,))
-        server.custody.keep_entry(entry.slot, entry.sysfd)
+        server.keep(entry, self.where)
         server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
 
     def _enter(self, server: Server) -> Entry:

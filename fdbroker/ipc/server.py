@@ -18,6 +18,7 @@ import struct
 from fcntl import ioctl
 from typing import TYPE_CHECKING, Any
 
+from fdbroker.descriptors import LISTENERS
 from fdbroker.errors import (
     BrokerClosing,
     EntryRetired,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
+    from fdbroker.lender.parts import Entry
     from fdbroker.lender.rules import Rule
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
@@ -113,6 +115,17 @@ class Server(Door):
         self._admission = Admission(rules)
         for connection in self._connections.values():
             self._admission.look_at(connection)
+
+    def keep(self, entry: Entry, where: str) -> None:
+        """It has just come into the books, by a put or from the file: it leads to `where`.
+
+        No request is taken up between the two.
+        """
+        entry.where = where
+        entry.ancillary = unix.rights((entry.sysfd,))
+        self.custody.keep_entry(entry.slot, entry.sysfd)
+        if entry.kind in LISTENERS:
+            self._admission.forget()
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
