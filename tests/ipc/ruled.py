@@ -37,7 +37,13 @@ SIZES = 128, 8192, 8192  # of the ledger
 class Ruled:
     """A broker process behind a socket that everybody may open."""
 
-    def __init__(self, *, own_uid: int = 0, user_namespace: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        own_uid: int = 0,
+        user_namespace: bool = False,
+        plant: Callable[[], object] = lambda: None,  # is called in it, before it serves
+    ) -> None:
         self.folder = tempfile.mkdtemp(prefix="fdbroker-rules-")
         self.address = f"{self.folder}/socket"
         os.chmod(self.folder, 0o711)
@@ -53,6 +59,7 @@ class Ruled:
                 unshare(theirs)
             os.setgroups([])
             os.setuid(own_uid)
+            plant()
             serve(self.address, theirs)
 
         self._wait = start_fork(run)
