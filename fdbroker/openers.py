@@ -211,11 +211,16 @@ def _read_path(what: str) -> tuple[str, str]:
 
 
 def memfd(size: str) -> int:
-    """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2))."""
+    """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2)).
+
+    Its mode would let everybody who has it on a read-only loan open it anew for writing
+    (/proc/self/fd, proc(5)); so only its own user may.
+    """
     count = _read_size(size)
     fd = os.memfd_create("fdbroker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, count)
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     except BaseException:
         os.close(fd)
         raise
