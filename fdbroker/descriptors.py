@@ -51,6 +51,7 @@ class Kind(IntEnum):
     BPF_PROGRAM = 17
     BPF_LINK = 18
     PERF_EVENT = 19
+    UNCONNECTED_SOCKET = 20  # of streams: it does not listen yet, and may at any time
     # kinds that are known in order to be refused
     DIRECTORY = 32
     PATH = 33
@@ -64,6 +65,9 @@ class Kind(IntEnum):
         """As people read it: ``listening socket``."""
         return self.name.lower().replace("_", " ")
 
+
+LISTENERS = frozenset({Kind.LISTENING_SOCKET, Kind.UNCONNECTED_SOCKET})
+"""Kinds that a borrower's shutdown(2) ends for everybody, now or once somebody calls listen(2)."""
 
 REFUSED = {
     Kind.DIRECTORY: 'a borrower could reach everything above it, as openat(fd, "../..") does',
@@ -164,7 +168,8 @@ def open_now(path: str, flags: int) -> int:
 def switch_linger_off(fd: int) -> None:
     """Let the coming close(2) of a socket return at once (SO_LINGER, socket(7))."""
     with contextlib.suppress(OSError):  # not a socket, or none that lingers
-        sock = socket.socket(fileno=fd)
+        # said to be of IPv4, whatever it is: of AF_VSOCK, Python takes no bytes for an option
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_OFF)
         finally:
@@ -189,6 +194,8 @@ def _inspect_socket(fd: int) -> tuple[Kind, str]:
                 return Kind.IDLE_UNIX_SOCKET, ""
         if listening:
             kind = Kind.LISTENING_SOCKET
+        elif sock.type in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET) and not _connected(sock):
+            kind = Kind.UNCONNECTED_SOCKET
         elif sock.type == socket.SOCK_STREAM:
             kind = Kind.STREAM_SOCKET
         elif sock.type == socket.SOCK_DGRAM:

@@ -240,7 +240,8 @@ class RetireTimeout(FDBrokerError, TimeoutError):
 class NotPermitted(FDBrokerError, PermissionError):
     """No rule of the broker allows this to the uid of this process (-1: the broker cannot tell it).
 
-    `verb` is a rule's, or "connect"; `name` is the entry's, or ``*`` for what has none.
+    `verb` is a rule's, or "connect", or "listen": to borrow a listening socket, which takes
+    ``listeners = true``.  `name` is the entry's, or ``*`` for what has none.
     """
 
     code = 29
@@ -259,9 +260,13 @@ class NotPermitted(FDBrokerError, PermissionError):
                 f"uid {self.uid} may not connect: a rule with uid = {self.uid} would admit it, if "
                 "the mode or group of the socket and its folder lets it in"
             )
+        what, verbs = f'{self.verb} "{self.name}"', f'verbs = ["{self.verb}"]'
+        if self.verb == "listen":
+            what = f'borrow "{self.name}", a socket that listens, which it could end for all'
+            verbs = 'verbs = ["borrow"], listeners = true'
         return (
-            f'uid {self.uid} may not {self.verb} "{self.name}": a rule with uid = {self.uid}, '
-            f'names = ["{self.name}"], verbs = ["{self.verb}"] would allow it'
+            f"uid {self.uid} may not {what}: a rule with uid = {self.uid}, "
+            f'names = ["{self.name}"], {verbs} would allow it'
         )
 
 

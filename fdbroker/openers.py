@@ -53,6 +53,11 @@ def check(how: str, what: str) -> None:
     READERS[how](what)
 
 
+def listens(how: str, what: str) -> bool:
+    """Whether `make` would make a socket that listens: one of streams, not of datagrams."""
+    return how == "listen" and _read_address(what)[0] == socket.SOCK_STREAM
+
+
 def discard(how: str, fd: int) -> None:
     """Close what `make` made and nobody took; the path of a socket goes with it (unix(7))."""
     if how != "listen":
@@ -206,11 +211,16 @@ def _read_path(what: str) -> tuple[str, str]:
 
 
 def memfd(size: str) -> int:
-    """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2))."""
+    """Memory of that many bytes, zeroed, that can be sealed (memfd_create(2)).
+
+    Its mode would let everybody who has it on a read-only loan open it anew for writing
+    (/proc/self/fd, proc(5)); so only its own user may.
+    """
     count = _read_size(size)
     fd = os.memfd_create("fdbroker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, count)
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     except BaseException:
         os.close(fd)
         raise

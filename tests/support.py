@@ -186,8 +186,7 @@ class Raw:
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         if hello:
-            self.send(HELLO, 0, 1, puts)
-            assert self.receive() == ([0, 0, 1], [])
+            assert self.say_hello(puts=puts) == [0, 0, 1]
 
     def send(self, *message: Any, fds: Sequence[int] = ()) -> None:
         self.send_bytes(msgpack.packb(message), fds)
@@ -202,6 +201,16 @@ class Raw:
         except ConnectionResetError:
             return None, []
         return (msgpack.unpackb(data) if data else None), list(fds)
+
+    def say_hello(self, *, puts: bool = False) -> list[Any]:
+        """The answer to it, which may have been there before."""
+        with contextlib.suppress(BrokenPipeError):
+            self.send(HELLO, 0, 1, puts)
+        message, _ = self.receive()
+        if message is None:  # our hello came too late: that is said once, then the answer
+            message, _ = self.receive()
+        assert message is not None
+        return message
 
     def borrow(self, seq: int, name: str) -> int:
         """A plain loan of one entry: its descriptor."""

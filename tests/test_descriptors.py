@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -75,6 +76,12 @@ def test_internet_sockets(stack: ExitStack) -> None:
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     kind, where = inspect(client.fileno())
     assert kind == Kind.STREAM_SOCKET
+    later = stack.enter_context(socket.socket())
+    later.bind(("127.0.0.1", 0))
+    where_it_is = "{}:{}".format(*later.getsockname())
+    assert inspect(later.fileno()) == (Kind.UNCONNECTED_SOCKET, where_it_is)
+    later.listen()
+    assert inspect(later.fileno()) == (Kind.LISTENING_SOCKET, where_it_is)
     assert where == "{}:{}".format(*client.getsockname())
     udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     assert inspect(udp.fileno()) == (Kind.DATAGRAM_SOCKET, "0.0.0.0:0")
@@ -227,6 +234,11 @@ def test_linger_is_switched_off(stack: ExitStack) -> None:
     switch_linger_off(sock.fileno())
     found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
     assert struct.unpack("ii", found)[0] == 0
+    with contextlib.suppress(OSError):  # there is no vsock
+        sock = stack.enter_context(socket.socket(socket.AF_VSOCK))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 1 << 32 | 1)
+        switch_linger_off(sock.fileno())
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER) & 0xFFFFFFFF == 0
     for number in os.pipe():
         switch_linger_off(owned(stack, number))
         os.fstat(number)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from fdbroker.cli import loans, ls
 from fdbroker.cli.status import MEANINGS
 from fdbroker.ipc.client import EntryInfo, LoanInfo
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def test_the_page_of_errors_is_up_to_date() -> None:
@@ -47,6 +50,42 @@ def test_the_page_of_commands_has_every_field(command: str, fields: tuple[str, .
     assert sorted(named) == sorted(fields)
     example = page.partition(f"$ fdbroker {command}")[2].partition("\n]\n```")[0]
     assert re.findall(r'^    "(\w+)": ', example, re.M) == list(fields)
+
+
+def promises() -> Iterator[tuple[str, bool, list[str]]]:
+    """Each point of the page of security: its text, whether it is promised, the tests it names."""
+    page = (DOCS / "security.md").read_text()
+    _, _, rest = page.partition("\n## What is promised\n")
+    promised, _, not_promised = rest.partition("\n## What is not promised\n")
+    assert not_promised
+    for text, is_promised in ((promised, True), (not_promised, False)):
+        for point in re.split(r"\n(?=- |#|TODO)", text):
+            if point.startswith("- "):
+                yield point, is_promised, re.findall(r"`([^`\s]*::[^`\s]*)`", point)
+
+
+def test_each_promise_of_security_names_a_test() -> None:
+    """A part whose tests are not there yet is marked by a TODO, and this fails until they are."""
+    page = (DOCS / "security.md").read_text()
+    assert re.findall(r"^.*\bTODO\b.*$", page, re.M) == []
+    points = list(promises())
+    assert len(points) > 40
+    assert [point for point, promised, tests in points if promised and not tests] == []
+
+
+def test_each_test_that_the_page_of_security_names_is_there() -> None:
+    found: dict[str, set[str]] = {}
+    for point, _, tests in promises():
+        assert point.count("::") == len(tests), point  # each is in backquotes, in one line
+        for file, _, name in (test.partition("::") for test in tests):
+            if file not in found:
+                tree = ast.parse((ROOT / file).read_text())
+                found[file] = {
+                    node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+                }
+            assert name.startswith("test_"), (file, name)
+            assert name in found[file], (file, name)
+    assert len(found) > 15
 
 
 @pytest.mark.parametrize("header", [ls.HEADER, loans.HEADER])

@@ -424,6 +424,7 @@ def test_a_terminal_does_not_become_this_process_s_own() -> None:
 def test_sizes(word: str, size: int) -> None:
     with made("memfd", word) as number:
         assert os.fstat(number).st_size == size
+        assert os.fstat(number).st_mode & 0o666 == 0o644
         assert os.pread(number, 9, 0) == bytes(min(size, 9))
         fcntl(number, 1033, 2)  # F_ADD_SEALS, F_SEAL_SHRINK (fcntl(2)): it can be sealed
         with pytest.raises(PermissionError) if size else memoryview(b""):

@@ -9,11 +9,14 @@ import os
 from fdbroker.cli import status
 from fdbroker.cli.output import printable, write
 from fdbroker.lender.names import check_name
-from fdbroker.lender.rules import READ, ROOT, VERBS, Rule
+from fdbroker.lender.rules import LISTEN, READ, ROOT, VERBS, Rule
+from fdbroker.openers import listens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
+
+    from fdbroker.daemon.config import Config
 
 CONNECT = "connect"  # which takes any rule that speaks of the peer
 
@@ -22,11 +25,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.description = (
         "Say by which rule of a configuration file a request is allowed, or that none\n"
-        "allows it.  No broker is asked."
+        "allows it.  No broker is asked.  To borrow a socket that listens takes a rule with\n"
+        "listeners = true.  That an entry is one is known if the file has it, with listen = ...;\n"
+        "of another one --listening says so."
     )
     parser.epilog = f"""examples:
   fdbroker check --config fdbroker.toml --uid www-data borrow web
   fdbroker check --config fdbroker.toml --uid 1000 --gid dialout borrow tty
+  fdbroker check --config fdbroker.toml --uid 1000 --listening borrow api
   fdbroker check --config fdbroker.toml --uid 1000 connect
 
 exit status {status.DONE} if it is allowed, {status.NOT_PERMITTED} if not"""
@@ -40,6 +46,7 @@ exit status {status.DONE} if it is allowed, {status.NOT_PERMITTED} if not"""
         help="one of its groups, name or number (default: those that this system knows)",
     )
     parser.add_argument("--mode", choices=["r"], help="r: what it borrows is read-only")
+    parser.add_argument("--listening", action="store_true", help="NAME is a socket that listens")
     parser.add_argument(
         "verb", metavar="VERB", choices=[*sorted(VERBS), CONNECT], help="%(choices)s"
     )
@@ -54,18 +61,41 @@ def run(options: argparse.Namespace) -> int:
         check_name(options.name)
     elif options.verb != CONNECT:
         raise status.Misuse(f"check: {options.verb} takes the NAME of an entry")
-    rules = read(options.config).rules
-    if options.uid in (ROOT, os.geteuid()):
-        write("allowed: root and the broker's own uid may do all\n")
-        return status.DONE
-    groups = options.gid or _groups_of(options.uid)
+    allowed, said = _answer(read(options.config), options)
+    write(f"{'allowed' if allowed else 'refused'}: {said}\n")
+    return status.DONE if allowed else status.NOT_PERMITTED
+
+
+def _answer(config: Config, options: argparse.Namespace) -> tuple[bool, str]:
+    """(whether it is allowed, by what)."""
+    rules, uid, name = config.rules, options.uid, options.name
+    if uid in (ROOT, os.geteuid()):
+        return True, "root and the broker's own uid may do all"
+    groups = options.gid or _groups_of(uid)
     verb = READ if options.mode and options.verb == "borrow" else options.verb
-    number = _allowing(rules, options.uid, groups, verb, options.name)
+    number, note = _allowing(rules, uid, groups, verb, name), ""
     if number is None:
-        write(f"refused: {_none_of(rules, options.uid, groups)}\n")
-        return status.NOT_PERMITTED
-    write(f"allowed: rule {number + 1}, {printable(_described(rules[number]))}\n")
-    return status.DONE
+        return False, _none_of(rules, uid, groups)
+    if options.verb == "borrow":
+        listener = _allowing(rules, uid, groups, LISTEN, name)
+        if said := _said_to_listen(config, name, options.listening):
+            if listener is None:
+                return False, (
+                    f"rule {number + 1} allows it but for a socket that listens, as this one does "
+                    f"({printable(said)}): that takes listeners = true"
+                )
+            number, note = listener, f"; it listens ({printable(said)})"
+        elif listener is None and all(entry.name != name for entry in config.entries):
+            note = "; not if it is a socket that listens (see --listening)"
+    return True, f"rule {number + 1}, {printable(_described(rules[number]))}{note}"
+
+
+def _said_to_listen(config: Config, name: str, told: bool) -> str:
+    """Who says that the entry is a socket that listens; empty if nobody does."""
+    for entry in config.entries:
+        if entry.name == name and listens(entry.how, entry.what):
+            return f"listen = {json.dumps(entry.what)} in the file"
+    return "--listening" if told else ""
 
 
 def _allowing(
@@ -93,6 +123,7 @@ def _described(rule: Rule) -> str:
     who += ["everyone = true"] * rule.everyone
     who += [f"names = {json.dumps(rule.names)}", f"verbs = {json.dumps(sorted(rule.verbs))}"]
     who += [f'mode = "{rule.mode}"'] * bool(rule.mode)
+    who += ["listeners = true"] * rule.listeners
     return ", ".join(who)
 
 

@@ -175,7 +175,7 @@ def _config(document: dict[str, Any]) -> Config:
     )
     rules = top.take("rule", _list, [])
     found = tuple(_rule(Table(rule, ("rule", index))) for index, rule in enumerate(rules))
-    quota = DEFAULT._replace(**_quota(Table(top.take("quota", _any, {}), ("quota",))))
+    quota = DEFAULT._replace(**dict(_quota(Table(top.take("quota", _any, {}), ("quota",)))))
     top.check_all_known()
     return Config(settings, entries, found, quota)
 
@@ -216,15 +216,22 @@ def _rule(table: Table) -> Rule:
     mode = table.take("mode", _read_only, "")
     if mode and "borrow" not in verbs:
         raise table.mistake('mode = "r" is about what is borrowed: verbs take "borrow" then')
+    listeners = table.take("listeners", _true, False)
+    if listeners and "borrow" not in verbs:
+        reason = 'listeners = true is about what is borrowed: verbs take "borrow" then'
+        raise table.mistake(reason, "listeners")
+    if listeners and mode:
+        reason = 'listeners = true does not go with mode = "r": no socket can be lent read-only'
+        raise table.mistake(reason, "listeners")
     quota = _quota(Table(table.take("quota", _any, {}), (*table.keys, "quota")))
     table.check_all_known()
-    return Rule(verbs, names, user, group, everyone, mode, quota)
+    return Rule(verbs, names, user, group, everyone, mode, listeners, quota)
 
 
-def _quota(table: Table) -> dict[str, int]:
+def _quota(table: Table) -> tuple[tuple[str, int], ...]:
     given = {what: table.take(what, _count) for what in WHAT}
     table.check_all_known()
-    return {what: most for what, most in given.items() if most is not None}
+    return tuple((what, most) for what, most in given.items() if most is not None)
 
 
 # --- values: each returns what is meant, or says in a ValueError what it should be ------------

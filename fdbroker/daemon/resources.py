@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker import descriptors, openers
 from fdbroker.daemon import config
 from fdbroker.errors import BadResource, BrokerFull, FDBrokerError, UnsupportedKind
-from fdbroker.ipc import unix
 from fdbroker.ipc.workers import APART, CLOSING, Job
 from fdbroker.lender.names import check_name
 from fdbroker.rc import FD
@@ -146,9 +145,7 @@ def enter(server: Server, opened: Opened, *, replace: bool = False) -> Entry:
         uid=os.geteuid(),
         replace=replace,
     )
-    entry.where = opened.where
-    entry.ancillary = unix.rights((entry.sysfd,))
-    server.custody.keep_entry(entry.slot, entry.sysfd)
+    server.keep(entry, opened.where)
     return entry
 
 

@@ -9,7 +9,9 @@ the connection of a peer that is no longer admitted: it may return what it has, 
 
 A request that is said again by a peer who may do everything is not looked at twice (messages.py).
 That holds for the others as well, but what *they* said before, and were not refused, is remembered
-apart, one table for all who have the same rights, and forgotten with the rules.
+apart, one table for all who have the same rights, and forgotten with the rules.  It is forgotten,
+too, when a socket that listens becomes an entry: who might borrow what had its name before may not
+have the right to that.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from fdbroker.descriptors import LISTENERS
 from fdbroker.errors import FDBrokerError, NotPermitted
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import KNOWN, VERBS
 from fdbroker.lender.names import check_name
 from fdbroker.lender.quotas import DEFAULT, Quota
-from fdbroker.lender.rules import READ, ROOT, Rights, Rule, Rules
+from fdbroker.lender.rules import LISTEN, READ, ROOT, Rights, Rule, Rules
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
+    from fdbroker.lender.parts import Entry
 
 log = logging.getLogger("fdbroker")
 
@@ -50,6 +54,11 @@ class Admission:
         if not rights.unlimited:
             connection.account.hold_to(rights.quota)
         connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
+
+    def forget(self) -> None:
+        """Look at everything anew, whoever says it, as far as he may not do everything."""
+        for known in self._known.values():
+            known.clear()
 
     def check_come(self, connection: Connection) -> None:
         """Raise `NotPermitted` unless it may connect, `QuotaExceeded` if its uid has enough."""
@@ -82,6 +91,13 @@ def log_refusal(at: Connection, error: FDBrokerError) -> None:
         log.warning("event=refused %s verb=%s name=%s", at, error.verb, error.name)
     else:
         log.warning('event=refused %s reason="%s"', at, error)
+
+
+def check_listener(at: Connection, entry: Entry | None) -> None:
+    """Raise `NotPermitted` unless its peer, who may borrow the entry by its name, may do so also if
+    that listens.  None: there is none, and nothing to protect."""
+    if entry is not None and entry.kind in LISTENERS and not at.rights.may(LISTEN, entry.name):
+        raise NotPermitted(at.peer.uid, LISTEN, entry.name)
 
 
 def check_right_somewhere(at: Connection, verb: int) -> None:

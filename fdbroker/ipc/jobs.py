@@ -102,9 +102,7 @@ class Put(Request):
             server.reply(self.connection, encode_error(self.seq, error))
             return
         server.lender.quotas.add(self.account, "closes", -1)  # it is an entry now
-        entry.where = self.where
-        entry.ancillary = unix.rights((entry.sysfd,))
-        server.custody.keep_entry(entry.slot, entry.sysfd)
+        server.keep(entry, self.where)
         server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
 
     def _enter(self, server: Server) -> Entry:

@@ -15,6 +15,7 @@ import logging
 import struct
 from typing import TYPE_CHECKING, Any
 
+from fdbroker.descriptors import LISTENERS
 from fdbroker.errors import (
     BrokerClosing,
     EntryRetired,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
+    from fdbroker.lender.parts import Entry
     from fdbroker.lender.quotas import Account
     from fdbroker.lender.rules import Rule
 
@@ -131,6 +133,17 @@ class Server(Answers):
             now.append(event)
         self._served_last = served
         return now + later
+
+    def keep(self, entry: Entry, where: str) -> None:
+        """It has just come into the books, by a put or from the file: it leads to `where`.
+
+        No request is taken up between the two.
+        """
+        entry.where = where
+        entry.ancillary = unix.rights((entry.sysfd,))
+        self.custody.keep_entry(entry.slot, entry.sysfd)
+        if entry.kind in LISTENERS:
+            self._admission.forget()
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""

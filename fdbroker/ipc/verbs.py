@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import BrokerClosing, NotPermitted, ProtocolError
-from fdbroker.ipc.admission import check_right, check_right_somewhere
+from fdbroker.ipc.admission import check_listener, check_right, check_right_somewhere
 from fdbroker.ipc.jobs import Put
 from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import (
@@ -74,6 +74,9 @@ def borrow(server: Server, at: Connection, seq: int, wish: Wish) -> Reply:
         _require(at, IDLE)
         for name in wish.names:
             check_right(at, BORROW, name, readonly=wish.readonly)
+        for name in wish.names:
+            if isinstance(name, str):  # a ticket was made by who had the socket
+                check_listener(at, server.lender.names.get(name))
     if server.lender.borrow(at.session, seq, wish, server.now):
         server.hand_over(at, seq)
     return None

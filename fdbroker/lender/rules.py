@@ -6,7 +6,8 @@ rules allow more, and their order does not matter.  A peer whom any rule speaks 
 may connect, and borrow by a ticket, even where the rule has no verbs.
 
     borrow   by name, also several at once, each of which must be allowed; a rule can allow it
-             with mode="r" only (where the owner of a file or its seals protect it: see SECURITY.md)
+             with mode="r" only (where the owner of a file or its seals protect it: see
+             docs/security.md), and a listening socket only if it says so (`listeners`)
     put      a new entry; to replace one takes `retire` too, since the one before it retires
     retire   an entry, whoever put it
     list     see it, and its loans, in a list
@@ -26,7 +27,7 @@ Nothing here asks the kernel: who a peer is, and what stands for unknown, are ar
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from fnmatch import translate
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from fdbroker.lender.quotas import DEFAULT, Quota
 
 VERBS = frozenset({"borrow", "put", "retire", "list", "admin"})
 READ = "read"  # to borrow with mode="r", which every rule for `borrow` allows too
+LISTEN = "listen"  # to borrow what listens, in whatever mode, beside one of the two for its name
 ROOT = 0
 
 
@@ -50,7 +52,8 @@ class Rule(NamedTuple):
     gid: int | None = None
     everyone: bool = False
     mode: str = ""  # "r": what it allows to borrow, it allows with mode="r" only
-    quota: Mapping[str, int] = {}  # of each uid that it speaks of, in place of the general one
+    listeners: bool = False  # whether that may be a listening socket, which its borrower can end
+    quota: tuple[tuple[str, int], ...] = ()  # of each uid it is about, in place of that for all
 
     def is_about(self, uid: int, groups: Collection[int]) -> bool:
         """Whether it speaks of a peer with this uid and these groups."""
@@ -60,10 +63,12 @@ class Rule(NamedTuple):
 
     @property
     def grants(self) -> frozenset[str]:
-        """Its verbs, READ beside `borrow` or in its place."""
+        """Its verbs, READ beside `borrow` or in its place, and LISTEN beside both."""
         if "borrow" not in self.verbs:
             return self.verbs
-        return self.verbs - {"borrow"} | {READ} if self.mode == "r" else self.verbs | {READ}
+        if self.mode == "r":
+            return self.verbs - {"borrow"} | {READ}
+        return self.verbs | ({READ, LISTEN} if self.listeners else {READ})
 
     def allows(self, verb: str, name: str) -> bool:
         """Whether it allows that, to those of whom it speaks."""
@@ -87,12 +92,12 @@ class Rights:
         self.admitted = unlimited or bool(rules)
         own: dict[str, int] = {}
         for rule in rules:
-            for what, most in rule.quota.items():
+            for what, most in rule.quota:
                 own[what] = max(most, own.get(what, 0))
         self.quota = quota._replace(**own)
         self._patterns = {
             verb: re.compile("|".join(map(translate, patterns)))
-            for verb in (*VERBS, READ)
+            for verb in (*VERBS, READ, LISTEN)
             if (patterns := [name for rule in rules if verb in rule.grants for name in rule.names])
         }
 

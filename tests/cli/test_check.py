@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdbroker.cli import check, status
-from fdbroker.lender.rules import VERBS, Rule, Rules
+from fdbroker.lender.rules import LISTEN, READ, VERBS, Rule, Rules
 
 RULES = """
 [[rule]]
@@ -35,6 +35,28 @@ uid = 60003
 names = ["log"]
 mode = "r"
 verbs = ["borrow"]
+
+[[rule]]
+uid = 60004
+verbs = ["borrow"]
+
+[[rule]]
+uid = 60004
+names = ["api", "udp"]
+verbs = ["borrow"]
+listeners = true
+
+[entry.api]
+listen = 8000
+
+[entry.web1]
+listen = "unix:/run/web"
+
+[entry.udp]
+listen = "udp:8000"
+
+[entry.log]
+memfd = 1
 """
 
 
@@ -55,7 +77,7 @@ def run(*words: str | Path) -> tuple[int, str, str]:
     ("words", "said"),
     [
         (
-            "--uid 60001 borrow web1",
+            "--uid 60001 borrow webcam",
             'allowed: rule 1, uid = 60001, names = ["web*", "api"], verbs = ["borrow", "list"]',
         ),
         (
@@ -74,7 +96,7 @@ def run(*words: str | Path) -> tuple[int, str, str]:
             "--uid 60003 --mode r borrow log",
             'allowed: rule 4, uid = 60003, names = ["log"], verbs = ["borrow"], mode = "r"',
         ),
-        ("--uid 60001 --mode r borrow api", "allowed: rule 1, uid = 60001"),
+        ("--uid 60001 --mode r borrow webcam", "allowed: rule 1, uid = 60001"),
         (
             "--uid 60003 borrow log",
             "refused: of those that speak of uid 60003 (rule 3, 4) none allows it",
@@ -84,6 +106,55 @@ def run(*words: str | Path) -> tuple[int, str, str]:
             "--uid 60001 borrow tty",
             "refused: of those that speak of uid 60001 (rule 1, 3) none allows it",
         ),
+        (
+            "--uid 60004 borrow api",
+            (
+                'allowed: rule 6, uid = 60004, names = ["api", "udp"], verbs = ["borrow"], '
+                'listeners = true; it listens (listen = "8000" in the file)\n'
+            ),
+        ),
+        (
+            "--uid 60004 borrow web1",
+            (
+                "refused: rule 5 allows it but for a socket that listens, as this one does "
+                '(listen = "unix:/run/web" in the file): that takes listeners = true\n'
+            ),
+        ),
+        (
+            "--uid 60004 --listening borrow tty",
+            (
+                "refused: rule 5 allows it but for a socket that listens, as this one does "
+                "(--listening): that takes listeners = true\n"
+            ),
+        ),
+        (
+            "--uid 60003 --mode r --listening borrow log",
+            "refused: rule 4 allows it but for a socket that listens",
+        ),
+        (
+            "--uid 60004 borrow tty",
+            (
+                'allowed: rule 5, uid = 60004, names = ["*"], verbs = ["borrow"]; not if it is a '
+                "socket that listens (see --listening)\n"
+            ),
+        ),
+        (
+            "--uid 60004 borrow log",
+            'allowed: rule 5, uid = 60004, names = ["*"], verbs = ["borrow"]\n',
+        ),
+        (
+            "--uid 60004 borrow udp",
+            'allowed: rule 5, uid = 60004, names = ["*"], verbs = ["borrow"]\n',
+        ),
+        (
+            "--uid 60001 --listening borrow tty",
+            "refused: of those that speak of uid 60001 (rule 1, 3) none allows it\n",
+        ),
+        (
+            "--uid 60001 --listening list web1",
+            'allowed: rule 1, uid = 60001, names = ["web*", "api"], verbs = ["borrow", "list"]\n',
+        ),
+        ("--uid root --listening borrow web1", "allowed: root and the broker's own uid"),
         ("--uid 60001 put web1", "refused: of those that speak of uid 60001 (rule 1, 3) none"),
     ],
 )
@@ -127,11 +198,19 @@ rules = st.builds(
     uid=st.none() | ids,
     gid=st.none() | ids,
     everyone=st.booleans(),
+    mode=st.sampled_from(["", "r"]),
+    listeners=st.booleans(),
+    quota=st.just(()),
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(rules, max_size=4), ids, st.sets(ids), st.sampled_from([*VERBS, "connect"]))
+@given(
+    st.lists(rules, max_size=4),
+    ids,
+    st.sets(ids),
+    st.sampled_from([*VERBS, READ, LISTEN, "connect"]),
+)
 def test_it_agrees_with_the_broker(
     found: list[Rule], uid: int, groups: set[int], verb: str
 ) -> None:

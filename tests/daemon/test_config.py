@@ -68,6 +68,11 @@ def test_everything(written):
         everyone = true
         verbs = ["list", "borrow"]
         mode = "r"
+
+        [[rule]]
+        uid = 18
+        verbs = ["borrow"]
+        listeners = true
     """)
     assert read(path) == Config(
         Settings("/run/x/broker.sock", 0o660, os.getegid(), 2.5),
@@ -82,6 +87,7 @@ def test_everything(written):
             Rule(frozenset({"borrow", "list"}), ("web*", "log/?"), uid=os.geteuid()),
             Rule(frozenset({"put", "retire", "admin"}), ("*",), gid=17),
             Rule(frozenset({"list", "borrow"}), ("*",), everyone=True, mode="r"),
+            Rule(frozenset({"borrow"}), ("*",), uid=18, listeners=True),
         ),
     )
 
@@ -113,7 +119,7 @@ def test_the_example(monkeypatch):
     if any(group.gr_name == "www-data" for group in grp.getgrall()):
         config = read(str(EXAMPLE))
         assert {entry.how for entry in config.entries} == {"listen", "open", "memfd"}
-        assert len(config.rules) == 1
+        assert [rule.listeners for rule in config.rules] == [True, False]
     assert open_files() == before
     assert not os.path.exists("/tmp/app.log")
     assert text.isascii()
@@ -127,7 +133,7 @@ def test_the_comments_of_the_example_are_right(written):
     text = "\n".join(commented).replace("www-data", grp.getgrgid(os.getegid()).gr_name)
     config = read(written(text))
     assert None not in config.settings
-    assert len(config.rules) == 3
+    assert len(config.rules) == 4
 
 
 # --- what is wrong ---
@@ -189,6 +195,23 @@ MISTAKES = [  # the text, the line of the mistake, and a part of what is said
     ("[[rule]]\neveryone = true\nverbs = ['steal']\n", 3, "verbs is a list of borrow, put"),
     ("[[rule]]\nuid = 1\nmode = 'w'\nverbs = ['borrow']\n", 3, 'mode is "r"'),
     ("[[rule]]\nuid = 1\nmode = 'r'\nverbs = ['put']\n", 1, 'verbs take "borrow" then'),
+    (
+        "[[rule]]\nuid = 1\nverbs = ['borrow']\nlisteners = false\n",
+        4,
+        "listeners is true or left out, not False",
+    ),
+    ("[[rule]]\nuid = 1\nverbs = ['borrow']\nlisteners = ['web']\n", 4, "true or left out"),
+    (
+        "[[rule]]\nuid = 1\nlisteners = true\nverbs = ['put', 'list']\n",
+        3,
+        'listeners = true is about what is borrowed: verbs take "borrow" then',
+    ),
+    (
+        "[[rule]]\nuid = 1\nmode = 'r'\nverbs = ['borrow']\nlisteners = true\n",
+        5,
+        'does not go with mode = "r": no socket can be lent read-only',
+    ),
+    ("[[rule]]\nuid = 1\nverbs = ['borrow']\nlistener = true\n", 4, "verbs, mode, listeners"),
     ("[[rule]]\neveryone = true\nverbs = []\n", 3, "verbs is a list"),
     ("[[rule]]\neveryone = true\nverbs = 'put'\n", 3, "verbs is a list"),
     ("[[rule]]\neveryone = true\nnames = [\n  1,\n]\nverbs = ['put']\n", 3, "names is a list"),

@@ -17,11 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from support import PATIENCE, Raw, in_fork, start_fork
+from support import BORROW, PATIENCE, RETURN, Raw, in_fork, start_fork
 
 import fdbroker
 from fdbroker.ipc.client import forget_client_at
 from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.messages import HEAD, template
 from fdbroker.ipc.pool import cut_off
 from fdbroker.ipc.server import Server
 from fdbroker.lender import Ledger, Lender
@@ -36,7 +37,13 @@ SIZES = 128, 8192, 8192  # of the ledger
 class Ruled:
     """A broker process behind a socket that everybody may open."""
 
-    def __init__(self, *, own_uid: int = 0, user_namespace: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        own_uid: int = 0,
+        user_namespace: bool = False,
+        plant: Callable[[], object] = lambda: None,  # is called in it, before it serves
+    ) -> None:
         self.folder = tempfile.mkdtemp(prefix="fdbroker-rules-")
         self.address = f"{self.folder}/socket"
         os.chmod(self.folder, 0o711)
@@ -52,6 +59,7 @@ class Ruled:
                 unshare(theirs)
             os.setgroups([])
             os.setuid(own_uid)
+            plant()
             serve(self.address, theirs)
 
         self._wait = start_fork(run)
@@ -206,8 +214,7 @@ def session_as(
     raw = Raw.__new__(Raw)
     raw.sock = connected_as(address, uid, gid, groups)
     if hello:
-        raw.send(0, 0, 1, puts)
-        assert raw.receive() == ([0, 0, 1], [])
+        assert raw.say_hello(puts=puts) == [0, 0, 1]
     return raw
 
 
@@ -236,9 +243,45 @@ def rule(
     names: tuple[str, ...] = ("*",),
     uid: int | None = ALICE,
     mode: str = "",
+    listeners: bool = False,
     **who: Any,
 ) -> Rule:
-    return Rule(frozenset(verbs), names, None if who else uid, mode=mode, **who)
+    uid = None if who else uid
+    return Rule(frozenset(verbs), names, uid, mode=mode, listeners=listeners, **who)
+
+
+class Alike:
+    """Says the same bytes, but for the seq, as often as it is asked to: what a broker remembers."""
+
+    def __init__(self, raw: Raw) -> None:
+        self.raw = raw
+        self.seq = 0
+
+    def ask(self, verb: int, *fields: Any) -> tuple[list[Any], list[int]]:
+        """The answer without its seq, and what it brought."""
+        self.send(verb, *fields)
+        message, fds = self.raw.receive()
+        assert message is not None
+        assert message[1] == self.seq
+        return [message[0], *message[2:]], fds
+
+    def send(self, verb: int, *fields: Any) -> None:
+        """Ask, and hear the answer later."""
+        self.seq += 1
+        head, tail = template(verb, *fields)
+        self.raw.send_bytes(HEAD.pack(head, self.seq) + tail)
+
+    def borrow(self, names: Any, flags: int = 0, timeout: float | None = None) -> list[Any]:
+        """Borrow and return: [] if it was lent, else the refusal."""
+        answer, fds = self.ask(BORROW, names, flags, timeout, "")
+        for number in fds:
+            os.close(number)
+        if answer[0] != 0:
+            assert fds == []
+            return answer
+        assert fds
+        self.send(RETURN)
+        return []
 
 
 def put(client: fdbroker.Client, name: str, **how: Any) -> None:

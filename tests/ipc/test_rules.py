@@ -30,6 +30,7 @@ from ruled import (
 from support import (
     BORROW,
     MORE,
+    PUT,
     RETURN,
     SHARED,
     in_fork,
@@ -38,6 +39,7 @@ from support import (
 )
 
 import fdbroker
+from fdbroker import descriptors
 from fdbroker.errors import NameTaken, NotPermitted, UnknownTicket
 from fdbroker.ipc.messages import HEAD
 from fdbroker.lender.rules import VERBS, Rule
@@ -370,6 +372,37 @@ def test_what_was_granted_stays(ruled: Ruled) -> None:
             raw.send(BORROW, seq + 1, "tty", *SHARED)
             assert raw.receive() == ([NOT_PERMITTED, seq + 1, ALICE, "borrow", "tty"], [])
     wait_until(lambda: ruled.client.stats()["loans"] == 0)
+
+
+def test_a_put_that_is_looked_at_is_entered() -> None:
+    """Though the rule that let it in is gone before the worker is done, which is held up here."""
+    go_on, tell = os.pipe()
+    inspect = descriptors.inspect
+
+    def inspect_later(number: int) -> tuple[descriptors.Kind, str]:
+        os.read(go_on, 1)
+        return inspect(number)
+
+    def plant() -> None:
+        descriptors.inspect = inspect_later
+
+    with Ruled(plant=plant) as ruled, memory() as number:
+        ruled.set_rules(rule("put", "borrow"))
+        with session_as(ruled.address, ALICE, puts=True) as raw:
+            raw.send(PUT, 1, "web", 0, fds=[number])
+            wait_until(lambda: ruled.client.stats()["jobs"] == 1)
+            ruled.set_rules()
+            os.write(tell, b"x")
+            message, _ = raw.receive()
+            assert message is not None
+            assert message[:2] == [0, 1]
+            raw.send(PUT, 2, "db", 0, fds=[number])
+            assert raw.receive() == ([NOT_PERMITTED, 2, ALICE, "put", "db"], [])
+            raw.send(BORROW, 3, "web", *SHARED)
+            assert raw.receive() == ([NOT_PERMITTED, 3, ALICE, "borrow", "web"], [])
+        assert [(entry.name, entry.uid) for entry in ruled.client.entries()] == [("web", ALICE)]
+    os.close(go_on)
+    os.close(tell)
 
 
 def test_root_needs_no_rule_and_loses_nothing_by_them(ruled: Ruled) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fdbroker.lender.names import check_name
 from fdbroker.lender.quotas import DEFAULT, WHAT
-from fdbroker.lender.rules import ALL_RIGHTS, NO_RIGHTS, VERBS, Rule, Rules
+from fdbroker.lender.rules import ALL_RIGHTS, LISTEN, NO_RIGHTS, READ, VERBS, Rule, Rules
 
 OWN, ALICE, BOB, UNKNOWN = 500, 1000, 1001, 65534
 STAFF, AUDIO = 50, 29
@@ -98,6 +98,25 @@ def test_what_several_rules_allow_adds_up_but_does_not_mix() -> None:
     assert {verb for verb in VERBS if found.may_somewhere(verb)} == {"borrow", "list", "retire"}
 
 
+def test_what_listens_takes_a_rule_that_says_so_for_that_name() -> None:
+    lends = Rule(BORROW, uid=ALICE)
+    assert not rights(lends).may_somewhere(LISTEN)
+    found = rights(lends, Rule(BORROW, ("web*",), everyone=True, listeners=True))
+    assert [name for name in ("web", "web2", "db", "") if found.may(LISTEN, name)] == [
+        "web",
+        "web2",
+    ]
+    assert found.may("borrow", "db")
+    for says_nothing in (
+        Rule(VERBS - BORROW, uid=ALICE, listeners=True),
+        Rule(BORROW, uid=ALICE, mode="r", listeners=True),
+        Rule(BORROW, uid=BOB, listeners=True),
+    ):
+        assert not rights(lends, says_nothing).may(LISTEN, "web")
+    assert ALL_RIGHTS.may(LISTEN, "web")
+    assert not NO_RIGHTS.may(LISTEN, "web")
+
+
 def test_a_rule_without_verbs_or_names_only_admits() -> None:
     for rule in (Rule(frozenset(), uid=ALICE), Rule(BORROW, (), uid=ALICE)):
         found = rights(rule)
@@ -145,7 +164,9 @@ some_rules = st.lists(
         st.sampled_from([None, ALICE, BOB]),
         st.sampled_from([None, STAFF, AUDIO]),
         st.booleans(),
-        quota=st.dictionaries(st.sampled_from(WHAT), st.integers(0, 3)),
+        st.sampled_from(["", "r"]),
+        st.booleans(),
+        quota=st.lists(st.tuples(st.sampled_from(WHAT), st.integers(0, 3))).map(tuple),
     ),
     max_size=4,
 )
@@ -162,13 +183,16 @@ def test_against_the_plain_reading(rules, name, uid, groups) -> None:
         and (rule.gid is None or rule.gid in groups)
     ]
     assert found.admitted == bool(about)
-    for verb in VERBS:
-        assert found.may(verb, name) == any(
-            verb in rule.verbs and any(fnmatchcase(name, pattern) for pattern in rule.names)
-            for rule in about
-        )
+    speak = about
+    about = [rule for rule in about if any(fnmatchcase(name, pattern) for pattern in rule.names)]
+    for verb in VERBS - {"borrow"}:
+        assert found.may(verb, name) == any(verb in rule.verbs for rule in about)
+    lend = [rule for rule in about if "borrow" in rule.verbs]
+    assert found.may(READ, name) == bool(lend)
+    assert found.may("borrow", name) == any(not rule.mode for rule in lend)
+    assert found.may(LISTEN, name) == any(rule.listeners and not rule.mode for rule in lend)
     for what, most in zip(WHAT, found.quota, strict=True):
-        said = [rule.quota[what] for rule in about if what in rule.quota]
+        said = [most for rule in speak for named, most in rule.quota if named == what]
         assert most == max(said, default=getattr(DEFAULT, what))
 
 

@@ -17,7 +17,7 @@ LEAKS = {  # what a test may leave open, what is said of it, whether it is known
     "file by its number": ('os.open("link", os.O_RDONLY)', r"file /\S+/data", True),
     "directory": ('os.open(".", os.O_RDONLY)', r"directory /\S+", True),
     "device": ('open("/dev/null", "wb", 0)', "character device /dev/null", True),
-    "socket": ("socket.socket()", r"stream socket 0\.0\.0\.0:0", True),
+    "socket": ("socket.socket()", r"unconnected socket 0\.0\.0\.0:0", True),
     "listening socket": (
         'socket.create_server(("127.0.0.1", 0))',
         r"listening socket 127\.0\.0\.1:\d+",
