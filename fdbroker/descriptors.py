@@ -165,6 +165,14 @@ def open_now(path: str, flags: int) -> int:
     return fd
 
 
+def is_socket(fd: int) -> bool:
+    """Whether it is one; no error if nothing is open there."""
+    try:
+        return stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+
+
 def switch_linger_off(fd: int) -> None:
     """Let the coming close(2) of a socket return at once (SO_LINGER, socket(7))."""
     with contextlib.suppress(OSError):  # not a socket, or none that lingers

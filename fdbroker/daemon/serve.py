@@ -20,6 +20,7 @@ import os
 import resource
 import select
 import signal
+import sys
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 SESSIONS = 1_048_576  # room in the ledger; pages that are never written take no memory
 ENTRIES = 131_072
 CELLS = 262_144
+SWITCH_SECONDS = 0.0001  # that the loop waits for a worker to let it go on, at most
 NR_OPEN = 1_048_576  # fs.nr_open as it is if nobody has set it (proc_sys_fs(5))
 DRAIN_SECONDS = 10.0
 GROUP_TOO = 0o660  # the socket's mode where only its group was said
@@ -100,6 +102,7 @@ def serve(
         check_names([one.name for group in (handed, resources, read.entries) for one in group])
         entries = stack.enter_context(_inherited(handed, resources, {ready_fd, owner_fd}))
         sessions = min(_raise_file_limit(), SESSIONS)
+        sys.setswitchinterval(SWITCH_SECONDS)
         listener = _listener(address, settings, bound)
         server = _server(listener, sessions)
         reloader = Resources(server, config_path, manager)

@@ -3,7 +3,7 @@
 It accepts while there are descriptors for more than the broker itself, and waits a moment where it
 cannot: EMFILE, ENFILE, ENOBUFS and ENOMEM leave the connection queued (accept(2)), and a
 level-triggered epoll would spin on it.  Who may not come, or has enough already, is told so and
-turned away.
+turned away; then nobody is accepted for a moment, since such a one may come again and again.
 Who is let in and says nothing is shown out again.
 """
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 RESERVE = (
     4  # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 )
+REST = SECOND // 100  # in which nobody is accepted, after one who was of no use
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello
 
@@ -47,6 +48,7 @@ class Door(Loop):
         self._number = listener.sock.fileno()
         self._accepting = True
         self._resume_at = 0  # if it is not, and nothing becomes free before
+        self._rest_until = 0
         self._greeting: dict[Connection, int] = {}  # until when each must have said hello, in order
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(self._number, self._accept)
@@ -107,14 +109,36 @@ class Door(Loop):
     def _turn_away(self, connection: Connection, refusal: FDBrokerError) -> None:
         """Tell it why, as the answer to its hello, and hang up."""
         log_refusal(connection, refusal)
+        self.rest(connection)
         with contextlib.suppress(OSError):
             connection.sock.send(encode_error(0, refusal), unix.SEND_NOW)
+        self.lender.quotas.add(connection.account, "sessions")
+        self._hang_up(connection)
+
+    def _hang_up(self, connection: Connection) -> None:
+        """The end of its socket: what it may have brought unread can take long to close."""
         unix.shut_down(connection.sock)
-        # it is on the account only where it may have brought what cannot be closed
-        charged = connection.account if connection.brings_descriptors else None
-        self.lender.quotas.add(charged, "sessions")
-        self.workers.submit(HangUp(connection, charged))
-        self.lender.quotas.drop_idle(connection.account)
+        if connection.brings_descriptors:
+            self.workers.submit(HangUp(connection))
+        else:
+            connection.sock.close()
+            self.hung_up(connection)
+
+    def hung_up(self, connection: Connection) -> None:
+        """Its socket is closed."""
+        self.lender.quotas.add(connection.account, "sessions", -1)
+        self.resume_accepting()
+
+    def rest(self, connection: Connection) -> None:
+        """It was turned away, or broke the rules, and may come again at once: not so fast.
+
+        Who waits meanwhile is queued by the kernel; who is in, is served.
+        """
+        if connection.account.limited:
+            self._rest_until = self._resume_at = self.now + REST
+            if self._accepting:
+                self._pause()
+            self._set_alarm()
 
     def has_greeted(self, connection: Connection) -> None:
         """It has said hello, or is over."""
@@ -123,9 +147,9 @@ class Door(Loop):
 
     def resume_accepting(self) -> None:
         """A descriptor has become free, or the pause is over."""
-        self._resume_at = 0
-        if self._accepting or self._number in self._watched:
+        if self._accepting or self._number in self._watched or self.now < self._rest_until:
             return
+        self._resume_at = 0
         if self.lender.quotas.free_descriptors > 0:
             self.watch(self._number, self._accept)
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from abc import abstractmethod
+from time import sleep, thread_time
 from typing import TYPE_CHECKING
 
 from fdbroker import descriptors
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server import Server
     from fdbroker.lender.parts import Entry
     from fdbroker.lender.quotas import Account
+
+GENTLY = 16  # times as long as it has worked, a thread rests between what one uid left unread
 
 log = logging.getLogger("fdbroker")
 
@@ -155,32 +158,39 @@ class Discard(Job):
 class HangUp(Job):
     """Close the socket of a session that was shut down, with what is unread in it."""
 
+    account: Account
     lane = CLOSING
 
-    def __init__(self, connection: Connection, charged: Account | None) -> None:
-        self._sock = connection.sock
-        self._charged = charged  # for a session
-        # where no descriptor can be unread in it nothing hangs, and it waits for nothing that does
-        self.account = connection.account if connection.brings_descriptors else None
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.account = connection.account
 
     def run(self) -> None:
-        with self._sock as sock:
+        with self._connection.sock as sock:
             for fds in unix.never_read(sock):
+                begun = thread_time()
                 close_each(fds)
+                if self.account.limited:
+                    sleep(GENTLY * (thread_time() - begun))
 
     def finish(self, server: Server) -> None:
-        server.lender.quotas.add(self._charged, "sessions", -1)
-        server.resume_accepting()
+        server.hung_up(self._connection)
 
 
 def close_each(fds: list[int]) -> None:
-    """Close all of them, also after one that reports an error: it is gone too (close(2))."""
+    """Close all of them.  Nobody wants them, so nobody is told of an error: it is gone (close(2)).
+
+    Numbers that follow each other are closed in one call: they may have come in a mass, so as to
+    take our time.
+    """
     for fd in fds:
-        descriptors.switch_linger_off(fd)
-        try:
-            os.close(fd)
-        except OSError as error:
-            log.warning('event=discard-failed error="%s"', error.strerror)
+        if descriptors.is_socket(fd):
+            descriptors.switch_linger_off(fd)
+    first = 0
+    for place, fd in enumerate(fds, 1):
+        if fds[place : place + 1] != [fd + 1]:
+            os.closerange(fds[first], fd + 1)
+            first = place
 
 
 class Close(Job):

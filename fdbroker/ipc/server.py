@@ -39,7 +39,7 @@ from fdbroker.ipc.connection import (
     Connection,
 )
 from fdbroker.ipc.custody import Custody
-from fdbroker.ipc.jobs import Close, Discard, HangUp
+from fdbroker.ipc.jobs import Close, Discard
 from fdbroker.ipc.limits import descriptors_in_use
 from fdbroker.ipc.messages import (
     BORROW,
@@ -116,13 +116,16 @@ class Server(Answers):
         """One request of each uid that is held to a quota, and all of the others.
 
         So who keeps many sessions busy is ahead of nobody by more than one.  First come those of
-        whom nothing was taken up the last time.
+        whom nothing was taken up the last time, last who wants to come in.
         """
         now: list[tuple[int, int]] = []
         later: list[tuple[int, int]] = []
         served: set[Account] = set()
         for event in happened:
             action, about = self._watched.get(event[0], UNWATCHED)
+            if action == self._accept:
+                later.append(event)
+                continue
             if action == self._serve and about.account.limited:
                 if about.account in served:
                     continue
@@ -322,6 +325,7 @@ class Server(Answers):
     def _fault(self, connection: Connection, error: ProtocolError) -> None:
         """The client broke the rules: tell it, as the answer that it waits for, and hang up."""
         log.warning('event=fault %s reason="%s"', connection, error.reason)
+        self.rest(connection)
         self._hang_up_with(connection, error)
 
     def _hang_up_with(self, connection: Connection, error: FDBrokerError) -> None:
@@ -353,11 +357,11 @@ class Server(Answers):
             self.custody.drop_session(session.slot)
             del self._by_slot[session.slot]
             self.lender.forget(session)
+            self.lender.quotas.drop_idle(session.account)
 
     def _hang_up(self, connection: Connection) -> None:
-        unix.shut_down(connection.sock)
         self.unwatch(connection.number)
-        self.workers.submit(HangUp(connection, connection.account))
+        super()._hang_up(connection)
 
     def start_job(self, connection: Connection, job: Request) -> None:
         """Have a worker do the slow part of this connection's request."""

@@ -73,13 +73,13 @@ class Wire:
             wire = cls(address, *data)
             try:
                 wire._say_hello()
-            except ConnectionResetError:  # `BrokerGone` is one
+            except BaseException as error:
+                again = isinstance(error, ConnectionResetError) or wire.is_stale(error)
                 wire.end()
-                continue
-            except BaseException:
-                wire.end()
-                raise
-            return wire
+                if not again:
+                    raise
+            else:
+                return wire
         raise BrokerGone(address)
 
     def _say_hello(self) -> None:

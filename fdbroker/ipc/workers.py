@@ -6,8 +6,9 @@ back on the loop, where it is finished, whatever became of it.
 
 Closing has threads of its own: what hangs while it is looked at or opened, or while it is closed,
 never stops the other.  Nor does what hangs for one uid stop all others: one has at most half of
-the threads that nobody else has, and what it wants done beyond that waits.  All threads start with
-the broker, since one more may be refused later (pthread_create(3), EAGAIN).
+the threads that nobody else has, and what it wants done beyond that waits.  The first threads start
+with the broker, since one more may be refused later (pthread_create(3), EAGAIN); one more is tried
+for a uid that has none, when all are busy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
+from contextlib import suppress
 from queue import SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server import Server
     from fdbroker.lender.quotas import Account
 
-THREADS = 8  # in each lane
+THREADS = 4  # in each lane
+MOST_THREADS = 64  # the same, if so many are stuck
 LOOKING, CLOSING = LANES = "look", "close"
 APART = ""  # a thread of its own, for what may hang and is the broker's own: the end never waits
 END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
@@ -68,11 +71,19 @@ class Job(ABC):
 class Lane:
     """The threads for one kind of job, and who may have them."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[SimpleQueue[Job | None]], None]) -> None:
+        """OSError if there can be no thread."""
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # each has a thread, or will at once
-        self._free = THREADS
+        self.threads: list[threading.Thread] = []
+        self._free = 0
+        self._work = work
         self._busy: Counter[Account | None] = Counter()  # threads, by for whom
         self._waiting: dict[Account | None, deque[Job]] = {}
+
+    def add_thread(self) -> None:
+        """OSError if there can be none."""
+        self.threads.append(start_thread(self._work, self.jobs))
+        self._free += 1
 
     def put(self, job: Job) -> None:
         """One more."""
@@ -91,6 +102,9 @@ class Lane:
     def _start(self, account: Account | None) -> None:
         """As many of its jobs as may be."""
         waiting, started = self._waiting[account], False
+        if not self._free and not self._busy[account] and len(self.threads) < MOST_THREADS:
+            with suppress(OSError):
+                self.add_thread()
         while (
             waiting and self._free and self._busy[account] < half(self._busy[account], self._free)
         ):
@@ -103,12 +117,14 @@ class Lane:
             if waiting:
                 self._waiting[account] = waiting  # behind the others
 
-    def start_all(self) -> None:
-        """No fairness any more: it ends."""
+    def end(self) -> None:
+        """Let each thread end, with what is waiting done before."""
         for waiting in self._waiting.values():
             for job in waiting:
                 self.jobs.put(job)
         self._waiting.clear()
+        for _ in self.threads:
+            self.jobs.put(None)
 
 
 class Workers:
@@ -118,14 +134,14 @@ class Workers:
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lanes: dict[str, Lane] = {}
         self._done: deque[Job] = deque()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []  # of jobs that have one of their own
         self.pending = 0  # jobs that are not finished, but for ...
         self.apart = 0  # ... those with a thread of their own
         try:
             for lane in LANES:
-                self._lanes[lane] = Lane()
+                self._lanes[lane] = Lane(self._work)
                 for _ in range(THREADS):
-                    self._threads.append(start_thread(self._work, self._lanes[lane].jobs))
+                    self._lanes[lane].add_thread()
         except BaseException:
             self.close()
             raise
@@ -162,13 +178,12 @@ class Workers:
     def close(self) -> None:
         """Let the threads end; one that is stuck ends with the process."""
         for lane in self._lanes.values():
-            lane.start_all()
-            for _ in range(THREADS):
-                lane.jobs.put(None)
+            lane.end()
         deadline = monotonic() + END_SECONDS
-        for thread in self._threads:
+        threads = [*self._threads, *(one for lane in self._lanes.values() for one in lane.threads)]
+        for thread in threads:
             thread.join(max(0.0, deadline - monotonic()))
-        if not any(thread.is_alive() for thread in self._threads):
+        if not any(thread.is_alive() for thread in threads):
             os.close(self.wake)
 
     def _work(self, jobs: SimpleQueue[Job | None]) -> None:

@@ -13,7 +13,8 @@ import pytest
 from support import open_files, wait_until
 
 MAKERS = ("accept", "accept4", "openat", "open", "dup", "socket", "eventfd2", "memfd_create")
-UNEXPECTED = ("dup2", "dup3", "pipe2", "close_range", "epoll_create1")
+CLOSERS = ("close", "close_range")  # the latter's numbers, first to last, are all open
+UNEXPECTED = ("dup2", "dup3", "pipe2", "epoll_create1")
 CALL = re.compile(r"(?:(\d+) +)?(?:<\.\.\. )?(\w+)(?: resumed>|\()(.*)")
 
 
@@ -29,7 +30,7 @@ class Trace:
     def __enter__(self) -> Trace:
         if (strace := shutil.which("strace")) is None:
             pytest.skip("NOT TESTED: there is no strace, so nobody sees each close")
-        calls = ",".join(("recvmsg", "close", "fcntl", *MAKERS, *UNEXPECTED))
+        calls = ",".join(("recvmsg", *CLOSERS, "fcntl", *MAKERS, *UNEXPECTED))
         self._strace = subprocess.Popen(
             [strace, "-f", "-v", "-o", self._output, "-p", str(self._pid), "-e", f"trace={calls}"],
             stderr=subprocess.PIPE,
@@ -65,8 +66,11 @@ class Trace:
                 continue
             thread, name, rest = match.groups()
             resumed = "resumed>" in line
-            if name == "close" and not resumed:
-                self._close(int(rest.partition(" ")[0].rstrip(")")), line)
+            if name in CLOSERS and not resumed:
+                arguments = [int(word) for word in re.findall(r"\d+", rest.partition(")")[0])]
+                first, last = arguments[0], arguments[name == "close_range"]
+                for number in range(first, last + 1):
+                    self._close(number, line)
             if rest.endswith("<unfinished ...>"):
                 begun[thread] = rest.removesuffix("<unfinished ...>")
                 continue
@@ -76,7 +80,7 @@ class Trace:
 
     def _ended(self, name: str, rest: str, line: str) -> None:
         result = int(re.search(r"\) += (-?\d+)", rest)[1])
-        if name == "close" and result < 0:
+        if name in CLOSERS and result < 0:
             self.faults.append(f"a close that failed: {line}")
         elif name == "recvmsg" and result >= 0:
             for number in _rights(rest):
