@@ -13,10 +13,10 @@ tests change, so a run that was stopped goes on where it was.  With --keep-kills
 counts as killed also after the *tests* have changed: for who is about to write the missing ones.
 
 Why not one of the libraries: mutmut 3 reaches its mutants through functions that it adds to the
-module, so it has none of constants, tables, properties and defaults, and tests that look at opcodes,
-load rc.py under another name or count what it imports see its functions instead of the mistake.
-cosmic-ray changes the tree that one works in, knows no statement that is left out, and runs the
-whole suite for each of 2,694 mutants: eleven hours.
+module, so it has none of constants, tables and properties, and tests that look at opcodes, load
+rc.py under another name or count what it imports see those functions instead of the mistake.
+cosmic-ray changes the tree that one works in, leaves out no statement, and runs the whole suite for
+each of 2,694 mutants: eleven hours.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import tomllib
@@ -35,7 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 
-from .children import Child, ended, in_child, run_pytest
+from .children import Child, ended, in_child, run_pytest, wait
 from .choosing import Found, Recorder, Stopwatch, tests_of
 from .mutants import Mutant, mutants
 
@@ -54,6 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = random.Random(options.seed).sample(range(len(todo)), options.sample)
         todo = [todo[number] for number in sorted(chosen)]
     KEPT.mkdir(exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
+    try:
+        results = find(todo, sources, options)
+    except KeyboardInterrupt:
+        print("\nstopped; the next run goes on from here", file=sys.stderr)
+        return 130
+    explained = explanations(ROOT / "tests/mutation/survivors.toml")
+    return report(todo, results, explained, whole=not options.sample)
+
+
+def find(
+    todo: list[Mutant], sources: dict[str, bytes], options: argparse.Namespace
+) -> dict[str, str]:
+    """How each of them ends, by its identity."""
     with tempfile.TemporaryDirectory(prefix="fdbroker-mutation-") as folder:
         places = [copied(Path(folder) / str(job)) for job in range(options.jobs)]
         found = choose(places[0], options)
@@ -61,15 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = [one for one in todo if identity(one) not in results]
         if len(left) < len(todo):
             print(f"{len(todo) - len(left)} of {len(todo)} mutants are known from before")
-        try:
-            for mutant, how, test in run(left, found, sources, places):
-                results[identity(mutant)] = how
-                keep(found, mutant, how, test)
-        except KeyboardInterrupt:
-            print("\nstopped; the next run goes on from here", file=sys.stderr)
-            return 130
-    explained = explanations(ROOT / "tests/mutation/survivors.toml")
-    return report(todo, results, explained, whole=not options.sample)
+        for mutant, how, test in run(left, found, sources, places):
+            results[identity(mutant)] = how
+            keep(found, mutant, how, test)
+    return results
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -125,9 +135,10 @@ def choose(folder: Path, options: argparse.Namespace) -> Found:
         (folder / "lines.json").write_text(json.dumps(recorder.found()))
         return 0
 
-    if os.waitpid(in_child(timed), 0)[1] != 0:
+    if wait(in_child(timed)) != 0:
         raise SystemExit((folder / "log").read_text() + "\nthe tests fail as the code is")
-    assert os.waitpid(in_child(traced), 0)[1] == 0
+    if wait(in_child(traced)) != 0:
+        raise SystemExit((folder / "log").read_text() + "\nno lines are known")
     found = json.loads((folder / "lines.json").read_text())
     found["seconds"] = json.loads((folder / "seconds.json").read_text())
     assert set(found["seconds"]) == {
@@ -184,6 +195,7 @@ def run(
                 tests = tests_of(found, mutant.file, mutant.lines)
                 if not tests:
                     done += 1
+                    progress(done, len(left), monotonic() - began, mutant, "survived")
                     yield mutant, "survived", "no test runs it"
                     continue
                 write(place / mutant.file, mutant.apply(sources[mutant.file]))
@@ -199,8 +211,8 @@ def run(
                 write(place / mutant.file, sources[mutant.file])
                 done += 1
                 how = {"passed": "survived", "failed": "killed"}.get(result.how, result.how)
-                yield mutant, how, ["(import)", *tests][result.test]
                 progress(done, len(left), monotonic() - began, mutant, how)
+                yield mutant, how, ["(import)", *tests][result.test]
 
 
 _writes = 0

@@ -138,6 +138,17 @@ def in_child(body: Any) -> int:
     return pid
 
 
+def wait(pid: int) -> int:
+    """Its wait status.  An interrupt ends it, too."""
+    try:
+        return os.waitpid(pid, 0)[1]
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
 @contextlib.contextmanager
 def ended(children: dict[Any, Child]) -> Iterator[None]:
     """None of the children outlives the block."""

@@ -1,7 +1,7 @@
 """Which tests run which line, so that a mutant meets only its own tests.
 
-`Recorder` is a pytest plugin for one run of all tests.  It traces by itself, since coverage.py takes
-a lock where a file's first line is run: a finalizer that comes then is caught in it.  Some tests
+`Recorder` is a pytest plugin for one run of all tests.  It traces by itself, for coverage.py takes
+a lock at the first line of a file: an FD's finalizer that runs there waits for itself.  Some tests
 do not show all their lines: those that trace, too, and those that fail because they are traced
 (an interrupt comes where none could) count for every line of each file they touch; those that
 touch none of the files, perhaps because another process does it, count for every line of all.
