@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import support
 
 from .mutants import mutants
 
@@ -77,7 +81,9 @@ def test_the_command_finds_what_no_test_would_notice(tmp_path: Path) -> None:
     (tmp_path / "tests/test_names.py").write_text(TESTS)
     explained = tmp_path / "tests/mutation/survivors.toml"
     explained.write_text("")
+    interrupt_the_command(tmp_path)
     status, said = command(tmp_path)
+    assert "are known from before" in said, "what was found before the interrupt"
     assert status == 1
     assert figures(said) == [16, 9, 2, 7], said
     assert "survives: fdbroker/lender/names.py: untested: if n > 3: | 3 -> 4" in said
@@ -153,12 +159,44 @@ def figures(said: str) -> list[int]:
     return [int(figure) for figure in line.split()[2:6]]
 
 
-def command(folder: Path) -> tuple[int, str]:
+def start(folder: Path) -> subprocess.Popen[str]:
+    (folder / "tmp").mkdir(exist_ok=True)
     options = "--tests", "tests/test_names.py", "--jobs", "2", "--"
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "tests.mutation", *options, "fdbroker/lender/names.py"],
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "TMPDIR": str(folder / "tmp")},
     )
-    return done.returncode, done.stdout + done.stderr
+
+
+def command(folder: Path) -> tuple[int, str]:
+    running = start(folder)
+    said, _ = running.communicate()
+    return running.returncode, said
+
+
+def interrupt_the_command(folder: Path) -> None:
+    """When it has found something; nothing may be left of it but that."""
+    running = start(folder)
+    kept = folder / ".mutation/results.jsonl"
+    support.wait_until(lambda: kept.exists() and kept.read_text(), 60)
+    of_it = support.wait_until(lambda: children(running.pid))
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate()
+    assert running.returncode == 130, said
+    assert said.endswith("\nstopped; the next run goes on from here\n")
+    assert "Traceback" not in said
+    assert not [pid for pid in of_it if os.path.exists(f"/proc/{pid}")]
+    assert os.listdir(folder / "tmp") == []
+
+
+def children(parent: int) -> list[str]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(stat.parent.name)
+    return found
