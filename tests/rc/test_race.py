@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 import fdbroker.rc
-from fdbroker.errors import ClosedFDError, ReferencedFDError
+from fdbroker.errors import (
+    ClosedFDError,
+    MultipleInitError,
+    ReferencedFDError,
+    UninitializedFDError,
+)
 
 from . import kit
 from .scheduler import Scheduler
@@ -203,6 +208,54 @@ def test_rounds_of_detach_and_track(seeds: range) -> None:
     for seed in seeds:
         wrong = Detaching(fdbroker.rc, seed).run()
         assert not wrong, f"seed {seed}: {wrong}"
+
+
+class Beginning:
+    """Two threads, one of which inits the FD; `other` is what the second one calls."""
+
+    def __init__(self, seed: int, other: str, *arguments: Any) -> None:
+        self.fd = fdbroker.rc.FD()
+        self.closed: list[int] = []
+        self.refused: list[Exception] = []
+        scheduler = Scheduler(seed, fdbroker.rc.__file__, ())
+        scheduler.run(
+            lambda: self.call("init", 7, self.closed.append),
+            lambda: self.call(other, *arguments),
+        )
+        assert not scheduler.errors
+
+    def call(self, name: str, *arguments: Any) -> None:
+        try:
+            getattr(self.fd, name)(*arguments)
+        except fdbroker.errors.FDBrokerError as error:
+            self.refused.append(error)
+
+
+def test_of_two_that_init_one_adopts_and_the_other_is_told_so() -> None:
+    for seed in range(100):
+        closed: list[int] = []
+        begun = Beginning(seed, "init", 8, closed.append)
+        begun.fd.close()
+        (refusal,) = begun.refused
+        assert isinstance(refusal, MultipleInitError), f"seed {seed}"
+        assert sorted([refusal.sysfd, *closed, *begun.closed]) == [7, 8]
+
+
+@pytest.mark.parametrize("verb", ["incref", "detach", "retire"])
+def test_who_comes_before_the_init_is_told_so(verb: str) -> None:
+    """And not that the FD is closed."""
+    early = 0
+    for seed in range(100):
+        begun = Beginning(seed, verb)
+        assert all(isinstance(error, UninitializedFDError) for error in begun.refused), (
+            f"seed {seed}: {begun.refused}"
+        )
+        early += len(begun.refused)
+        if begun.fd.refs:
+            begun.fd.decref()
+        if not begun.fd.closed:
+            begun.fd.close()
+    assert 10 < early < 90
 
 
 def test_the_same_seed_is_the_same_round() -> None:
