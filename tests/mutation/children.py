@@ -1,8 +1,8 @@
 """Runs of pytest, each in a child that is forked from a process which has imported pytest already.
 
 A child has a session of its own (so Ctrl-C reaches the parent alone, which ends them all) and tells
-through a pipe which test it begins.  A test that takes much longer than it did with the code as it
-is, is taken to be in an endless loop, and the child's whole session is killed.
+through a pipe which test it begins.  A test that takes much more of the processor than it did with
+the code as it is, or does not come to its end, is endless: the child's whole session is killed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import hypothesis
 import hypothesis.stateful
 import pytest
 
-SLACK, TIMES = 5.0, 8.0  # seconds, and how many times its own time, until a test is endless
-COLLECTING = 30.0  # seconds
+COLLECTING = 20.0  # seconds of the processor
+SLACK, TIMES = 3.0, 5.0  # seconds of the processor, and times its own time, that a test may take
+WAITING = 30.0  # seconds more that it may take in all: other programs are running, too
 MEMORY = 3 << 30  # bytes of a child's address space: an endless loop may be one that appends
 
 hypothesis.settings.register_profile(
@@ -84,7 +85,6 @@ class Child:
 
     def __init__(self, folder: Path, tests: Sequence[str], seconds: Sequence[float]) -> None:
         self.seconds, self.test = seconds, 0
-        self.deadline = monotonic() + COLLECTING
         self.pipe, write = os.pipe()
         where = sorted({test.split("::")[0] for test in tests})
         self.pid = in_child(
@@ -93,6 +93,7 @@ class Child:
         os.close(write)
         os.set_blocking(self.pipe, False)
         self.pidfd = os.pidfd_open(self.pid)
+        self.begins(COLLECTING)
 
     def poll(self) -> Result | None:
         """How it ended, or None: it goes on."""
@@ -100,14 +101,24 @@ class Child:
             begun = os.read(self.pipe, 1 << 16).split()
             if begun:
                 self.test = int(begun[-1])
-                self.deadline = monotonic() + SLACK + TIMES * self.seconds[self.test - 1]
+                self.begins(SLACK + TIMES * self.seconds[self.test - 1])
         if select.select([self.pidfd], [], [], 0)[0]:
             status = self.end()
             return Result("passed" if status == 0 else "failed", self.test)
-        if monotonic() > self.deadline:
+        if self.processor_time() > self.budget or monotonic() > self.deadline:
             self.end()
             return Result("endless", self.test)
         return None
+
+    def begins(self, seconds: float) -> None:
+        """Something that may take so much of the processor."""
+        self.budget = self.processor_time() + seconds
+        self.deadline = monotonic() + seconds + WAITING
+
+    def processor_time(self) -> float:
+        """Seconds, of all its threads (proc(5): utime and stime)."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> int:
         """Kill what is left of its session; its wait status."""
