@@ -379,18 +379,25 @@ def test_the_last_decref_wakes_who_waits(rc: Any, pipe: kit.Pipe, waits: str) ->
 
 
 def test_a_keyboard_interrupt_ends_the_wait_and_not_the_close(rc: Any, pipe: kit.Pipe) -> None:
+    """One that comes just before the wait begins is seen with the next signal: any one will do."""
     fd = rc.FD(pipe.write)
     fd.incref()
+    main, ended = threading.main_thread().ident or 0, threading.Event()
 
     def interrupt() -> None:
         refused_soon(fd)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        signal.pthread_kill(main, signal.SIGINT)
+        while not ended.wait(0.01):
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         fd.close()
+    ended.set()
     thread.join()
+    signal.signal(signal.SIGUSR1, before)
     assert not pipe.ended()
     fd.decref()
     assert pipe.ended()
