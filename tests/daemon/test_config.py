@@ -287,8 +287,7 @@ MISTAKES = [  # the text, the line of the mistake, and a part of what is said
         "loans is a number, 0 or more, not ''",
     ),
     (
-        "[[rule]]\nuid = 1\nverbs=['put']\n[rule.quota]\nloans = 1\n"
-        "[[rule]]\nuid = 2\nverbs=['put']\n[rule.quota]\nloans = 1\nloan = 1\n",
+        2 * "[[rule]]\nuid = 1\nverbs = ['put']\n[rule.quota]\nloans = 1\n" + "loan = 1\n",
         11,
         "unknown key 'loan'",
     ),
