@@ -61,6 +61,7 @@ def test_the_help_teaches_it(broker: fdbroker.Broker) -> None:
 def ruled() -> Iterator[Ruled]:
     with Ruled() as broker:
         yield broker
+        wait_until(lambda: broker.client.stats()["loans"] == 0)  # the end of a session is seen
 
 
 @as_root
