@@ -121,6 +121,7 @@ class Door(Loop):
         if connection.brings_descriptors:
             self.workers.submit(HangUp(connection))
         else:
+            unix.drain(connection.sock)
             connection.sock.close()
             self.hung_up(connection)
 
