@@ -134,7 +134,7 @@ class FD:
                     self._track(self._registry)
                 return
         except ValueError:  # the right was gone; the slot of who took it may not be set yet
-            if self._sysfd >= 0 or self._sysfd == _UNINITIALIZED:
+            if (state := self._sysfd) >= 0 or state == _UNINITIALIZED:
                 raise MultipleInitError(sysfd) from None
             raise ClosedFDError from None
 
@@ -149,7 +149,7 @@ class FD:
             self._tokens.append(None)
             if (sysfd := self._sysfd) >= 0:
                 return sysfd
-            raise self._refusal()
+            raise _refusal(sysfd)
         except MemoryError:
             raise  # from append: no token was added
         except BaseException:
@@ -277,7 +277,7 @@ class FD:
         """
         sysfd = self._sysfd
         if sysfd < 0:
-            raise self._refusal()
+            raise _refusal(sysfd)
         if refs := self.refs:
             raise ReferencedFDError(refs)
         take = self._tokens.remove
@@ -389,9 +389,6 @@ class FD:
         self._waiters.append(registry.opened(self._sysfd))
         self._settle()
 
-    def _refusal(self) -> FDBrokerError:
-        return UninitializedFDError() if self._sysfd == _UNINITIALIZED else ClosedFDError()
-
     def _put_back(self, right: str) -> NoReturn:
         self._tokens.insert(1, right)
         raise UnbalancedDecrefError
@@ -404,6 +401,11 @@ class FD:
         named = {_UNINITIALIZED: "uninitialized", _CLOSED: "closed", _DETACHED: "detached"}
         says = named.get(state) or (f"{state}" if state >= 0 else f"{~state} retired")
         return f"<FD {says}, {refs} reference{'s'[: refs != 1]}>"
+
+
+def _refusal(state: int) -> FDBrokerError:
+    """Why it was refused by who saw this in the slot; it may say something else by now."""
+    return UninitializedFDError() if state == _UNINITIALIZED else ClosedFDError()
 
 
 def _guard(fd_class: type[FD]) -> None:

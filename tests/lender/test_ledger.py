@@ -23,7 +23,17 @@ from fdbroker.lender.ledger import (
 )
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.load import load
-from fdbroker.lender.parts import IDLE, LENT, Peer, Wish
+from fdbroker.lender.parts import (
+    CLOSING,
+    FREE,
+    IDLE,
+    LENT,
+    LIVE,
+    RETIRING,
+    WAITING,
+    Peer,
+    Wish,
+)
 
 from .kit import CountingFD, CutLedger, Descriptors, Rig, buffer_for, come, reload, view
 
@@ -125,6 +135,8 @@ def test_the_layout_is_what_the_magic_number_stands_for():
     """Another layout wants another MAGIC: a successor of another version must refuse it."""
     assert struct.pack("=Q", MAGIC) == b"fledger1"
     assert (HEADER_WORDS, SESSION_WORDS, ENTRY_WORDS) == (8, 25, 37)
+    assert (FREE, IDLE, WAITING, LENT, CLOSING) == (0, 1, 2, 3, 4)
+    assert (FREE, LIVE, RETIRING) == (0, 1, 2)
     assert Ledger.size(3, 2, 5) == 8 * (8 + 3 * 25 + 2 * 37 + 5)
     rig = Rig((2, 2, 2))
     client = rig.client(uid=4)
@@ -226,6 +238,26 @@ def test_the_beginning_of_a_ledger_is_refused():
         Ledger(buffer[:-8])
 
 
+def test_a_buffer_may_be_longer_than_it_must_be():
+    """By any number of bytes: a memfd is made of pages."""
+    for more in (1, 8, 4095):
+        ledger = Ledger(bytearray(Ledger.size(6, 6, 3) + more), 6, 6, 3)
+        ledger.write_cells([2], [5])
+        assert ledger.read_cells(2, 1) == ([2], [5])
+
+
+def test_a_ledger_can_have_no_room_at_all():
+    ledger = Ledger(bytearray(Ledger.size(0, 0, 0)), 0, 0, 0)
+    assert (ledger.session_states(), ledger.entry_states()) == ([], [])
+    with pytest.raises(BrokerFull):
+        Lender(ledger).open(Peer(1000, 1000, 1))
+
+
+def test_there_is_room_for_1024_of_each_if_nobody_says_otherwise():
+    ledger = Ledger(bytearray(Ledger.size(1024, 1024, 1024)))
+    assert (ledger.sessions, ledger.entries, ledger.cells) == (1024, 1024, 1024)
+
+
 def test_a_formatted_buffer_is_taken_as_it_is(rig: Rig):
     rig.put("a")
     before = bytes(rig.ledger.buffer)
@@ -320,9 +352,35 @@ def test_a_session_without_its_socket_has_ended(rig: Rig):
     rig.borrow(waiting, "a")
     loaded = reload_without(rig, sessions=(holder.slot, greeted.slot))
     assert set(loaded.sessions) == {waiting.slot}
+    assert loaded.ledger.session_states() == [FREE, LENT, *[FREE] * 4]  # whoever loads it next
     ((who, seq, error),) = loaded.decisions  # it is its turn now
     assert (who.slot, seq, error) == (waiting.slot, waiting.seq, None)
     assert loaded.open(Peer(1, 1, 1)).slot == holder.slot
+
+
+def test_a_loaded_lender_says_what_it_is_full_of(rig: Rig):
+    rig.clients(6)
+    for number in range(6):
+        rig.put(f"n{number}")
+    rig.borrow(rig.lender.sessions[0], "n0", "n1", "n2", "n3")
+    loaded = rig.reload()
+    whose, several = loaded.sessions[1], Wish(("n0", "n1"))
+    for event, what, limit in (
+        (lambda: loaded.open(Peer(1000, 1000, 1)), "sessions", 6),
+        (lambda: loaded.put(None, 0, "b", b"", CountingFD(), 1, 5), "entries", 6),
+        (lambda: loaded.borrow(whose, 1, several, 5), "loans of several entries", 3),
+    ):
+        with pytest.raises(BrokerFull) as caught:
+            event()
+        assert caught.value.data == (what, limit)
+
+
+def test_a_loaded_loan_knows_its_names_and_tickets(rig: Rig):
+    (client,) = rig.clients(1)
+    rig.put("a")
+    rig.put("", ticket=b"0123456789abcdef")
+    rig.borrow(client, b"0123456789abcdef", "a")
+    assert rig.reload().sessions[0].wish.names == (b"0123456789abcdef", "a")
 
 
 def test_an_entry_without_its_descriptor_was_never_put(rig: Rig):

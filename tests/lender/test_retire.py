@@ -13,7 +13,7 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 from fdbroker.lender.ledger import COMMIT, Ledger
-from fdbroker.lender.parts import IDLE
+from fdbroker.lender.parts import FREE, IDLE
 
 from .kit import SECOND, Rig
 
@@ -88,6 +88,19 @@ def test_who_waits_for_an_entry_is_told_when_it_retires(rig: Rig):
     assert both.state == IDLE
 
 
+def test_who_waits_for_a_retiring_entry_is_not_granted_it_on_the_way(rig: Rig):
+    """The first who is told makes way, in the line of `b`, for one who wants `a` as well."""
+    holder, first, second = rig.clients(3)
+    for name in "abc":
+        rig.put(name)
+    rig.borrow(holder, "c", exclusive=True)
+    rig.borrow(first, "a", "b", "c", exclusive=True)
+    rig.borrow(second, "a", "b", exclusive=True)
+    rig.retire("a")
+    assert rig.decided() == [(first, ("EntryRetired", "a")), (second, ("EntryRetired", "a"))]
+    assert rig.close_all() == ["a"]
+
+
 def test_a_ticket_ends_with_its_entry(rig: Rig):
     (client,) = rig.clients(1)
     rig.put("", ticket=TICKET)
@@ -131,6 +144,17 @@ def test_a_close_that_fails_is_told(rig: Rig):
         (watcher, ("CloseFailed", "web", "[Errno 5] Input/output error")),
     ]
     assert rig.lender.entries == {}
+
+
+def test_of_the_reason_why_a_close_failed_as_much_is_told_as_fits(rig: Rig):
+    (watcher,) = rig.clients(1)
+    entry = rig.put("web")
+    rig.retire_and_wait(watcher, "web")
+    rig.lender.closings.clear()
+    entry.fd.decref()
+    rig.lender.closed(entry, OSError("x" * 10_000))
+    assert rig.decided() == [(watcher, ("CloseFailed", "web", "x" * 100))]
+    assert entry.state == FREE
 
 
 def test_waiting_for_the_close_has_its_deadline_and_stays_retired(rig: Rig):

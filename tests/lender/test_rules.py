@@ -117,6 +117,24 @@ def test_what_listens_takes_a_rule_that_says_so_for_that_name() -> None:
     assert not NO_RIGHTS.may(LISTEN, "web")
 
 
+def test_a_rule_for_reading_allows_to_borrow_no_more_than_that() -> None:
+    found = rights(
+        Rule(frozenset({"borrow", "list"}), ("log*",), uid=ALICE, mode="r"),
+        Rule(BORROW, ("web",), uid=ALICE),
+        Rule(frozenset({"put"}), ("tmp",), uid=ALICE, mode="r"),
+    )
+    names = ["log1", "web", "tmp"]
+    may = {verb: [name for name in names if found.may(verb, name)] for verb in (*VERBS, READ)}
+    assert may == {
+        "borrow": ["web"],
+        READ: ["log1", "web"],
+        "list": ["log1"],
+        "put": ["tmp"],
+        "retire": [],
+        "admin": [],
+    }
+
+
 def test_a_rule_without_verbs_or_names_only_admits() -> None:
     for rule in (Rule(frozenset(), uid=ALICE), Rule(BORROW, (), uid=ALICE)):
         found = rights(rule)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import gc
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import support
 
 import fdbroker.rc
 from fdbroker.errors import (
@@ -55,6 +60,21 @@ def refused_soon(fd: Any) -> None:
 # --- init
 
 
+def test_the_identity_of_a_descriptor_tells_device_inode_and_type() -> None:
+    """Many file systems number their inodes alike: the roots of /proc and /sys are both 1."""
+    roots = [os.open(path, os.O_PATH) for path in ("/proc", "/sys")]
+    reader, writer = os.pipe()
+    try:
+        assert os.fstat(roots[0]).st_ino == os.fstat(roots[1]).st_ino
+        assert fdbroker.rc.identity(roots[0]) != fdbroker.rc.identity(roots[1])
+        assert fdbroker.rc.identity(reader) == fdbroker.rc.identity(writer)
+        assert fdbroker.rc.identity(reader) & 15 == stat.S_IFIFO >> 12
+        assert fdbroker.rc.identity(roots[0]) & 15 == stat.S_IFDIR >> 12
+    finally:
+        for number in (*roots, reader, writer):
+            os.close(number)
+
+
 def test_init_then_use(rc: Any, pipe: kit.Pipe) -> None:
     fd = rc.FD()
     fd.init(pipe.write)
@@ -85,6 +105,15 @@ def test_a_second_init_leaves_the_number_to_the_caller(rc: Any, pipe: kit.Pipe) 
     os.close(other)
 
 
+def test_a_second_init_is_told_so_also_with_a_number_that_is_no_descriptor(
+    rc: Any, pipe: kit.Pipe
+) -> None:
+    fd = rc.FD(pipe.write)
+    with pytest.raises(MultipleInitError):
+        fd.init(1 << 20)
+    fd.close()
+
+
 def test_init_after_close(rc: Any, pipe: kit.Pipe) -> None:
     fd = rc.FD(pipe.write)
     fd.close()
@@ -108,6 +137,52 @@ def test_a_number_that_is_no_descriptor_is_not_adopted(rc: Any, number: int) -> 
         fd.init(number)
     assert raised.value.errno == errno.EBADF
     assert repr(fd) == "<FD uninitialized, 0 references>"
+
+
+def test_a_negative_number_is_not_adopted_with_a_close_of_its_own_either(rc: Any) -> None:
+    """It would be taken for a retired FD's."""
+    fd = rc.FD()
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
+        fd.init(-1, pytest.fail)
+    assert raised.value.errno == errno.EBADF
+    assert repr(fd) == "<FD uninitialized, 0 references>"
+
+
+def test_number_0_is_one_like_any_other(rc: Any) -> None:
+    """A daemon that has closed its standard input gets it for what it opens next."""
+    closed: list[int] = []
+    fd = rc.FD(0, closed.append)
+    with pytest.raises(MultipleInitError):
+        fd.init(1, pytest.fail)
+    with fd.use() as sysfd:
+        assert sysfd == 0
+        fd.retire()
+        assert repr(fd) == "<FD 0 retired, 1 reference>"
+        assert not closed
+    assert closed == [0]
+
+
+def test_to_wait_for_a_live_one_does_not_close_it(rc: Any) -> None:
+    closed: list[int] = []
+    for number in (0, 1):
+        fd = rc.FD(number, closed.append)
+        with pytest.raises(CloseTimeout):
+            fd.wait_closed(0)
+        assert not closed
+        assert fd.detach() == number
+
+
+def test_number_0_is_detached_tracked_and_collected_like_any_other(rc: Any) -> None:
+    closed: list[int] = []
+    fd = rc.FD(0, closed.append)
+    registry = rc.LifetimeRegistry()
+    fd.track_lifetime(registry)
+    assert registry.stats().initialized == 1
+    assert fd.detach() == 0
+    fd = rc.FD(0, closed.append)
+    with pytest.warns(ResourceWarning, match="unclosed <FD 0, 0 references>"):
+        del fd
+    assert closed == [0]
 
 
 def test_of_many_threads_one_adopts(rc: Any) -> None:
@@ -270,7 +345,7 @@ def test_close_gives_up_and_the_last_decref_still_closes(rc: Any, pipe: kit.Pipe
         with pytest.raises(CloseTimeout) as raised:
             fd.close(timeout) if timeout == 0 else fd.wait_closed(timeout)
         assert isinstance(raised.value, TimeoutError)
-        assert raised.value.refs == 1
+        assert raised.value.data == (timeout, 1)
     assert not fd._waiters  # who gave up left nothing behind
     with pytest.raises(ClosedFDError):
         fd.incref()
@@ -304,18 +379,25 @@ def test_the_last_decref_wakes_who_waits(rc: Any, pipe: kit.Pipe, waits: str) ->
 
 
 def test_a_keyboard_interrupt_ends_the_wait_and_not_the_close(rc: Any, pipe: kit.Pipe) -> None:
+    """One that comes just before the wait begins is seen with the next signal: any one will do."""
     fd = rc.FD(pipe.write)
     fd.incref()
+    main, ended = threading.main_thread().ident or 0, threading.Event()
 
     def interrupt() -> None:
         refused_soon(fd)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        signal.pthread_kill(main, signal.SIGINT)
+        while not ended.wait(0.01):
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         fd.close()
+    ended.set()
     thread.join()
+    signal.signal(signal.SIGUSR1, before)
     assert not pipe.ended()
     fd.decref()
     assert pipe.ended()
@@ -358,6 +440,44 @@ def test_the_number_was_closed_by_somebody_else(rc: Any, pipe: kit.Pipe) -> None
         fd.close()
     assert raised.value.errno == errno.EBADF
     assert fd.closed
+
+
+def test_a_number_that_is_free_is_not_closed(rc: Any, pipe: kit.Pipe, monkeypatch: Any) -> None:
+    """Another thread may open something under it in the next instant."""
+    closed: list[int] = []
+    fd = rc.FD(pipe.write)
+    os.close(pipe.write)
+    monkeypatch.setattr(rc, "close_func", closed.append)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        fd.close()
+    assert not closed
+    assert fd.closed
+
+
+class Big:
+    """Something that one would not want to be kept alive by an error."""
+
+
+@pytest.mark.parametrize("fails", ["close", "on_closed"])
+def test_an_error_keeps_nothing_alive(rc: Any, fails: str) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.EIO, "the disk said no")
+
+    def in_a_block() -> weakref.ref[Big]:
+        big = Big()
+        fd = rc.FD(7, fail if fails == "close" else id)
+        kept.append(fd)
+        with contextlib.suppress(OSError):
+            fd.retire(fail if fails == "on_closed" else None)
+        return weakref.ref(big)
+
+    kept: list[Any] = []
+    gc.disable()  # the frames of who closed are let go of at once, not at the next collection
+    try:
+        assert in_a_block()() is None
+    finally:
+        gc.enable()
+    assert kept[0].closed
 
 
 def test_a_stolen_number_is_left_alone(rc: Any, pipe: kit.Pipe) -> None:
@@ -496,6 +616,36 @@ def test_what_was_closed_or_never_used_is_collected_quietly(rc: Any, pipe: kit.P
     assert not caught
 
 
+def test_the_warning_names_the_line_that_lost_it(rc: Any, pipe: kit.Pipe) -> None:
+    fd, line = rc.FD(pipe.write), sys._getframe().f_lineno
+    with pytest.warns(ResourceWarning) as caught:
+        del fd
+    assert [(one.filename, one.lineno) for one in caught] == [(__file__, line + 2)]
+
+
+def test_a_failing_close_of_a_collected_one_is_told(rc: Any, monkeypatch: Any) -> None:
+    """By sys.unraisablehook: nobody else would hear of data that could not be written."""
+
+    def close(sysfd: int) -> None:
+        raise OSError(errno.EIO, "the disk said no")
+
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: told.append(str(said.exc_value)))
+    fd = rc.FD(7, close)
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del fd
+    assert told == ["[Errno 5] the disk said no"]
+
+
+def test_what_was_never_constructed_is_collected_quietly(rc: Any, monkeypatch: Any) -> None:
+    """An interrupt may come before the first line of the constructor."""
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    fd = rc.FD.__new__(rc.FD)
+    del fd
+    assert not told
+
+
 def test_it_closes_where_a_warning_is_an_error(pipe: kit.Pipe) -> None:
     """And at the end of the interpreter: the pipe ends, with the child or before it."""
     code = f"import fdbroker.rc; fd = fdbroker.rc.FD({pipe.write})"
@@ -565,3 +715,54 @@ def test_the_import_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"dataclasses", "traceback", "inspect", "threading", "queue", "platform", "tempfile"}
     assert not heavy & set(done.stdout.split())
+
+
+# --- where its lock-free order was not tested
+
+
+@pytest.mark.parametrize(
+    ("where", "fact", "value"),
+    [
+        (os, "name", "nt"),
+        (os, "uname", lambda: SimpleNamespace(machine="aarch64")),
+        (sys, "implementation", SimpleNamespace(**{**vars(sys.implementation), "name": "pypy"})),
+        (sys, "_is_gil_enabled", lambda: False),
+    ],
+    ids=["windows", "aarch64", "pypy", "free-threaded"],
+)
+def test_elsewhere_the_slot_is_guarded(monkeypatch: Any, where: Any, fact: str, value: Any) -> None:
+    assert not isinstance(kit.load(kit.SOURCE, "rc_here").FD._sysfd, property)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(where, fact, value, raising=False)
+        loaded = kit.load(kit.SOURCE, "rc_elsewhere")
+    assert isinstance(loaded.FD._sysfd, property)
+
+
+def test_a_fork_while_another_thread_has_the_guard(pipe: kit.Pipe) -> None:
+    """That thread is not in the child, to let it go."""
+    guarded: Any = kit.guarded()
+    fd = guarded.FD(pipe.write)
+    load = guarded.FD._sysfd.fget
+    lock = dict(zip(load.__code__.co_freevars, load.__closure__, strict=True))["lock"]
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock.cell_contents:
+            held.set()
+            forked.wait()
+
+    def use_in_child() -> int:
+        signal.alarm(10)
+        with fd.use() as sysfd:
+            return int(sysfd)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        outcome = support.start_fork(use_in_child)
+    finally:
+        forked.set()
+        thread.join()
+    assert outcome() == pipe.write
+    fd.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,12 @@ from typing import Any
 import pytest
 
 import fdbroker.rc
-from fdbroker.errors import ClosedFDError
+from fdbroker.errors import (
+    ClosedFDError,
+    MultipleInitError,
+    ReferencedFDError,
+    UninitializedFDError,
+)
 
 from . import kit
 from .scheduler import Scheduler
@@ -134,6 +140,122 @@ def test_rounds_under_the_lock() -> None:
 @pytest.mark.long
 def test_many_rounds() -> None:
     survives(fdbroker.rc, range(10_000))
+
+
+class Detaching:
+    """A few threads, one of which wants the number; another uses, retires or tracks the FD."""
+
+    def __init__(self, rc: ModuleType, seed: int) -> None:
+        assert rc.__file__ is not None
+        self.scheduler = Scheduler(seed, rc.__file__, ())
+        self.rc: Any = rc
+        self.closes: list[int] = []
+        self.detached: list[int] = []
+        self.retired = 0
+        self.wrong: list[str] = []
+        self.registry = self.rc.LifetimeRegistry()
+        self.fd = self.rc.FD(7, self.closes.append)
+
+    def use(self) -> None:
+        try:
+            with self.fd.use():
+                self.scheduler.pause()
+                if self.detached:
+                    self.wrong.append("given away while a reference was out")
+        except ClosedFDError:
+            pass
+
+    def detach(self) -> None:
+        with contextlib.suppress(ClosedFDError, ReferencedFDError):
+            self.detached.append(self.fd.detach())
+
+    def retire(self) -> None:
+        try:
+            self.fd.retire()
+        except ClosedFDError:
+            return
+        self.retired += 1
+
+    def track(self) -> None:
+        self.fd.track_lifetime(self.registry)
+
+    def run(self) -> list[str]:
+        self.scheduler.run(*self.scheduler.random.choice(DETACHING)(self))
+        wrong = self.wrong + [repr(error) for error in self.scheduler.errors]
+        if len(self.closes) != self.retired or self.retired + len(self.detached) > 1:
+            wrong.append(f"detached {self.detached}, retired {self.retired}, closed {self.closes}")
+        if not self.retired and not self.detached:
+            self.fd.close()  # whoever failed has left it as it was
+            if self.closes != [7]:
+                wrong.append(f"{self.closes} were closed")
+        stats = self.registry.stats()
+        if stats.initialized != stats.closed:
+            wrong.append(f"{stats.initialized} were tracked, {stats.closed} of them closed")
+        return wrong
+
+
+DETACHING = (
+    lambda on: [on.use, on.detach],
+    lambda on: [on.use, on.use, on.detach],
+    lambda on: [on.detach, on.retire],
+    lambda on: [on.track, on.retire],
+    lambda on: [on.track, on.detach],
+)
+
+
+@pytest.mark.parametrize("seeds", [range(300), pytest.param(range(9000), marks=pytest.mark.long)])
+def test_rounds_of_detach_and_track(seeds: range) -> None:
+    for seed in seeds:
+        wrong = Detaching(fdbroker.rc, seed).run()
+        assert not wrong, f"seed {seed}: {wrong}"
+
+
+class Beginning:
+    """Two threads, one of which inits the FD; `other` is what the second one calls."""
+
+    def __init__(self, seed: int, other: str, *arguments: Any) -> None:
+        self.fd = fdbroker.rc.FD()
+        self.closed: list[int] = []
+        self.refused: list[Exception] = []
+        scheduler = Scheduler(seed, fdbroker.rc.__file__, ())
+        scheduler.run(
+            lambda: self.call("init", 7, self.closed.append),
+            lambda: self.call(other, *arguments),
+        )
+        assert not scheduler.errors
+
+    def call(self, name: str, *arguments: Any) -> None:
+        try:
+            getattr(self.fd, name)(*arguments)
+        except fdbroker.errors.FDBrokerError as error:
+            self.refused.append(error)
+
+
+def test_of_two_that_init_one_adopts_and_the_other_is_told_so() -> None:
+    for seed in range(100):
+        closed: list[int] = []
+        begun = Beginning(seed, "init", 8, closed.append)
+        begun.fd.close()
+        (refusal,) = begun.refused
+        assert isinstance(refusal, MultipleInitError), f"seed {seed}"
+        assert sorted([refusal.sysfd, *closed, *begun.closed]) == [7, 8]
+
+
+@pytest.mark.parametrize("verb", ["incref", "detach", "retire"])
+def test_who_comes_before_the_init_is_told_so(verb: str) -> None:
+    """And not that the FD is closed."""
+    early = 0
+    for seed in range(100):
+        begun = Beginning(seed, verb)
+        assert all(isinstance(error, UninitializedFDError) for error in begun.refused), (
+            f"seed {seed}: {begun.refused}"
+        )
+        early += len(begun.refused)
+        if begun.fd.refs:
+            begun.fd.decref()
+        if not begun.fd.closed:
+            begun.fd.close()
+    assert 10 < early < 90
 
 
 def test_the_same_seed_is_the_same_round() -> None:

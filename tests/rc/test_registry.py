@@ -101,6 +101,15 @@ def test_no_registry() -> None:
     assert fd.closed
 
 
+def test_no_registry_any_more() -> None:
+    registry = LifetimeRegistry()
+    fd = FD(42, never_fails)
+    fd.track_lifetime(registry)
+    fd.track_lifetime(None)
+    fd.close()
+    assert (registry.stats().initialized, registry.stats().closed) == (1, 1)
+
+
 def test_tracked_after_init() -> None:
     registry = LifetimeRegistry()
     fd = FD(42, never_fails)

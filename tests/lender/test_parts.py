@@ -1,0 +1,102 @@
+"""What a session and an entry are before anything has happened, and where one gets them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import fdbroker.lender
+from fdbroker.lender import ledger, lender, parts
+from fdbroker.lender.quotas import Account
+
+from .kit import CountingFD
+
+
+def is_at_first(one, **expected: object) -> None:
+    """All of its attributes are set, and these are so."""
+    seen = {name: getattr(one, name) for name in type(one).__slots__}
+    assert {name: seen[name] for name in expected} == expected
+
+
+def test_a_new_session_does_nothing_and_has_nothing() -> None:
+    peer, record = parts.Peer(1000, 100, 12), memoryview(bytearray(8))
+    account = Account(1000)
+    session = parts.Session(3, 7, peer, record, account)
+    is_at_first(
+        session,
+        slot=3,
+        id=7,
+        peer=peer,
+        record=record,
+        account=account,
+        seq=0,
+        state=parts.IDLE,
+        wish=None,
+        entries=(),
+        cells=(),
+        borrow_seq=0,
+        since=0,
+        arrival=0,
+        awaited=None,
+        asked=0,
+        asked_seq=0,
+        deadline=parts.FOREVER,
+        made=None,
+        owned={},
+    )
+    assert repr(session) == "<Session 7 of Peer(uid=1000, gid=100, pid=12)>"
+
+
+def test_a_new_entry_lives_and_nobody_has_it() -> None:
+    fd = CountingFD()
+    entry = parts.Entry(2, "web", b"", 5, fd)  # type: ignore[arg-type]
+    is_at_first(
+        entry,
+        slot=2,
+        name="web",
+        ticket=b"",
+        generation=5,
+        fd=fd,
+        sysfd=0,
+        ancillary=None,
+        where="",
+        state=parts.LIVE,
+        kind=0,
+        maker=0,
+        maker_seq=0,
+        ephemeral=False,
+        owner=None,
+        since=0,
+        uid=0,
+        account=None,
+        holders={},
+        held_exclusively=False,
+        line={},
+        turns={},
+        watchers={},
+    )
+    assert fd.refs == 1  # the closer's
+    assert repr(entry) == "<Entry 'web' generation 5>"
+    nameless = parts.Entry(2, "", b"\1\2", 5, fd)  # type: ignore[arg-type]
+    assert repr(nameless) == "<Entry '0102' generation 5>"
+
+
+def test_the_package_has_what_its_modules_have() -> None:
+    assert fdbroker.lender.Lender is lender.Lender
+    assert fdbroker.lender.Ledger is ledger.Ledger
+    for name in ("Entry", "Peer", "Session", "Wish"):
+        assert getattr(fdbroker.lender, name) is getattr(parts, name)
+    for name in fdbroker.lender.__all__:
+        assert getattr(fdbroker.lender, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"module 'fdbroker.lender' has no attribute 'Loan'$"):
+        fdbroker.lender.Loan  # noqa: B018
+
+
+def test_who_wants_a_name_checked_loads_no_lender() -> None:
+    code = "import sys, fdbroker.lender.names; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "fdbroker.lender.names" in loaded
+    assert not loaded & {"fdbroker.lender.lender", "fdbroker.lender.ledger", "fdbroker.rc"}
