@@ -22,6 +22,7 @@ from .plan import Actor
 from .stage import Looks
 
 PATIENCE = 30.0  # seconds; what a good client waits for longer does not come
+TOLD = 3  # the exit status of who has told what was wrong
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 libc = ctypes.CDLL(None, use_errno=True)
 

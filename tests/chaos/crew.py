@@ -19,7 +19,7 @@ from pathlib import Path
 
 from support import children
 
-from .actor import Cast, become, fork, libc
+from .actor import TOLD, Cast, become, fork, libc
 from .board import Board
 from .dying import Dying
 from .good import Good
@@ -124,7 +124,7 @@ class Crew:
                 become(actor.role)
                 cast = CASTS[actor.role](actor, index, broker.address, board, expected)
                 if not cast.run():
-                    os._exit(3)
+                    os._exit(TOLD)
 
             self.working[fork(work)] = index, actor
 
@@ -135,7 +135,8 @@ class Crew:
                 continue
             _, status = os.waitpid(pid, 0)
             _, actor = self.working.pop(pid, (0, None))
-            if actor is not None and status != 0:
+            status = os.waitstatus_to_exitcode(status)
+            if actor is not None and status not in (0, TOLD):
                 self.failed.append(f"{actor.name} ended with status {status}")
 
     def wait(self, seconds: float) -> list[str]:

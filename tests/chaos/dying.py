@@ -22,7 +22,7 @@ import fdbroker
 from fdbroker.errors import EntryRetired, UnknownEntry, UnknownTicket
 
 from . import stage
-from .actor import PATIENCE, Cast, die, fork, kill, pipe
+from .actor import PATIENCE, TOLD, Cast, die, fork, kill, pipe
 from .board import WrongAnswer
 from .plan import COMMON, READABLE
 
@@ -45,7 +45,7 @@ class Dying(Cast):
                 signal.pause()
             except BaseException as error:
                 self.tell(["a life at", self.at], error)
-                raise
+                os._exit(TOLD)
 
         return fork(live)
 

@@ -7,15 +7,15 @@ the recorded closer reported it.
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
+import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgpack
 
 from fdbroker.errors import by_code
 from fdbroker.lender import Ledger, Lender, Peer, Wish
+from fdbroker.lender.parts import LIVE
 from fdbroker.lender.quotas import Quota
 from fdbroker.rc import FD
 
@@ -58,16 +58,19 @@ class Same(NamedTuple):
 def replay(path: str, lender_class: type[Lender] = Lender) -> Same:
     """Feed the recording at `path` into a fresh lender.  `Different` names the first event after
     which it is not as it was."""
-    with gzip.open(path, "rb") as file:
-        return Replay(file, lender_class).run()
+    with open(path, "rb") as file, contextlib.closing(Replay(file, lender_class)) as one:
+        return one.run()
 
 
 class Replay:
     """One lender, and the recording that it is fed with."""
 
-    def __init__(self, file: Any, lender_class: type[Lender] = Lender) -> None:
+    def __init__(self, file: IO[bytes], lender_class: type[Lender] = Lender) -> None:
         self._records = self._read(file)
-        room = msgpack.unpackb(next(self._records)[0])
+        first, _ = next(self._records, (b"", b""))
+        if not first:
+            raise Different("the recording was cut off before its first event")
+        room = msgpack.unpackb(first)
         self.lender = lender_class(Ledger(bytearray(Ledger.size(*room)), *room))
         self.closed: set[int] = set()
         self._made = NUMBERS
@@ -90,12 +93,15 @@ class Replay:
                     f"event {events}, {method}{tuple(arguments)}: "
                     f"it was {_shown(came)}, it is {_shown(found)}"
                 )
-        for entry in list(self.lender.entries.values()):  # the process would end now
-            if not entry.fd.retired:
+        return Same(events, digests, whole, digest(self.lender))
+
+    def close(self) -> None:
+        """Its process would end now."""
+        for entry in list(self.lender.entries.values()):
+            if entry.state == LIVE:
                 entry.fd.retire()
             while not entry.fd.closed:
                 entry.fd.decref()
-        return Same(events, digests, whole, digest(self.lender))
 
     def _repeat(self, method: str, arguments: list[Any], named: dict[str, Any]) -> bytes:
         """Do it again: what came of it, as it is recorded."""
@@ -156,13 +162,21 @@ class Replay:
         raise Different(f"the recording has a value of unknown kind {kind}")
 
     @staticmethod
-    def _read(file: Any) -> Iterator[tuple[bytes, bytes]]:
+    def _read(file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """The records: what was asked, and what came of it.  The last may have been cut off."""
-        buffered = io.BufferedReader(file, 2**16)
-        with contextlib.suppress(EOFError):
-            while len(sizes := buffered.read(SIZES.size)) == SIZES.size:
-                asked, came = map(buffered.read, SIZES.unpack(sizes))
-                yield asked, came
+        unzip, buffer = zlib.decompressobj(wbits=31), bytearray()  # 31: with gzip's header
+        while more := file.read(2**16):
+            buffer += unzip.decompress(more)
+            at = 0
+            while len(buffer) >= at + SIZES.size:
+                sizes = SIZES.unpack_from(buffer, at)
+                middle = at + SIZES.size + sizes[0]
+                end = middle + sizes[1]
+                if len(buffer) < end:
+                    break
+                yield bytes(buffer[at + SIZES.size : middle]), bytes(buffer[middle:end])
+                at = end
+            del buffer[:at]
 
 
 def _shown(came: bytes) -> str:

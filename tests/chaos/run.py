@@ -31,6 +31,7 @@ from .plan import CREW, DYING, GOOD, HOSTILE, TURNS, fingerprint, plan
 from .replay import Different, replay
 
 END_SECONDS = 60.0  # in which the crew must have come to its end, and the broker let go of it
+WRONG_SECONDS = 2.0  # the same when something is wrong already
 GROWTH = 1_000_000  # bytes, at most, in the second half
 SAMPLE_SECONDS = 0.5
 LINE_SECONDS = 5.0
@@ -108,8 +109,9 @@ class Run:
             crew = Crew(actors, broker, board, expected)
             self._watch(broker, board, crew, client, begun)
             board.stop()
-            stuck = crew.wait(END_SECONDS)
-            self.wrong += stuck + crew.failed
+            wrong = self.wrong or crew.failed or board.faults()
+            stuck = crew.wait(WRONG_SECONDS if wrong else END_SECONDS)
+            self.wrong += crew.failed + ([] if wrong else stuck)
             end_all({broker.pid})
             self.took = time.monotonic() - begun
             if broker.is_alive:
@@ -175,7 +177,7 @@ class Run:
         def descriptors() -> Counter[str]:
             return Counter(open_files(broker.pid).values())
 
-        if wait_for(is_as_before):
+        if wait_for(is_as_before, WRONG_SECONDS if self.wrong else END_SECONDS):
             users = [row.uid for row in client.usage()] if hasattr(client, "usage") else []
             if not set(users) <= {os.geteuid()}:
                 self.wrong.append(f"everyone is gone, and on account: {client.usage()}")
