@@ -217,11 +217,11 @@ class Fdbroker(Subject):
 
 
 class S6(Subject):
-    """s6-fdholder-daemon with rules in a folder, and room for more than it has descriptors."""
+    """s6-fdholder-daemon with rules in a folder, which takes all connections that it can (-c 256)."""
 
-    label = "s6-fdholderd -i"
+    label = "s6, -i -c 256"
     kind = socket.SOCK_STREAM
-    options: ClassVar[tuple[str, ...]] = ("-c", "1000", "-n", "1000")
+    options: ClassVar[tuple[str, ...]] = ("-c", "256", "-n", "1000")
     compiled = False
 
     def command(self, names: Sequence[str]) -> list[str]:
@@ -257,16 +257,16 @@ class S6(Subject):
 class S6Compiled(S6):
     """The same with compiled rules, which it holds open."""
 
-    label = "s6-fdholderd -x"
+    label = "s6, -x -c 256"
     compiled = True
 
 
 class S6Bounded(S6):
-    """The same, told to accept fewer connections than it has descriptors."""
+    """The same, told to accept fewer connections than it has descriptors, and to end idle ones."""
 
-    label = "s6-fdholderd -x -c 12"
+    label = "s6, -x -c 12 -n 10 -t 5000"
     compiled = True
-    options = ("-c", "12", "-n", "10")
+    options = ("-c", "12", "-n", "10", "-t", "5000")
     most = 10
 
 
