@@ -11,6 +11,7 @@ import argparse
 import functools
 import os
 import platform
+import signal
 import sys
 import time
 
@@ -65,6 +66,7 @@ def show(what: str | None, results: dict[str, Told]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left running
     try:
         sys.exit(main())
     except KeyboardInterrupt:

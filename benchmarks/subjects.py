@@ -79,6 +79,8 @@ class Subject:
                     raise RuntimeError(f"{self.label} did not start:\n{self.log()}")
                 time.sleep(0.02)
             self.fill(names)
+            while self.kept() < len(KEPT):  # it may listen before it has them
+                time.sleep(0.02)
         except BaseException:
             self.close()
             raise
@@ -217,7 +219,7 @@ class Fdbroker(Subject):
 
 
 class S6(Subject):
-    """s6-fdholder-daemon with rules in a folder, which takes all connections that it can (-c 256)."""
+    """s6-fdholder-daemon with rules in a folder, and as many connections as there are."""
 
     label = "s6, -i -c 256"
     kind = socket.SOCK_STREAM

@@ -66,10 +66,10 @@ def run(seconds: float, seed: int, *options: object) -> str:
 @pytest.mark.parametrize("mistake", planted.PLANTED)
 def test_a_planted_mistake_is_found(mistake: str, tmp_path: Path) -> None:
     kept = tmp_path / "recording"
-    done = chaos("--seconds", 20, "--seed", 2, "--planted", mistake, "--record", kept)
+    done = chaos("--seconds", 6, "--seed", 2, "--planted", mistake, "--record", kept)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG: " in done.stdout
-    assert "again: python -m tests.chaos --seconds 20 --seed 2" in done.stdout
+    assert "again: python -m tests.chaos --seconds 6 --seed 2" in done.stdout
     assert kept.exists()
 
 
