@@ -352,6 +352,8 @@ def without_rules(kind: type[Subject]) -> Told:
                 time.sleep(0.01)
             mode = os.stat(address).st_mode & 0o777
             os.chmod(address, 0o666)  # even then
+            with fdbroker.Client(address) as client:
+                client.borrow("kept0").close()
             told = Told({"it": f"starts for its own uid and root; its socket has mode {mode:04o}"})
             told["another uid, the socket opened to it"] = ask_as_other(address)
             return told
