@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="write the plan, do nothing")
     parser.add_argument("--record", metavar="FILE", help="keep the recording there")
     parser.add_argument("--replay", metavar="FILE", help="feed a recording into a fresh lender")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds; default: 30")
     parser.add_argument("--planted", default="-", metavar="NAME", help="a mistake of planted.py")
     asked = parser.parse_args()
     if asked.plan is not None:
@@ -32,9 +33,8 @@ def main() -> int:
     from .run import Run, interrupted
 
     interrupted()
-    return (
-        0 if Run(asked.seconds, asked.seed, planted=asked.planted, keep=asked.record).run() else 1
-    )
+    how = {"patience": asked.patience, "planted": asked.planted, "keep": asked.record}
+    return 0 if Run(asked.seconds, asked.seed, **how).run() else 1
 
 
 def again(path: str) -> int:

@@ -21,7 +21,6 @@ from .board import Board, WrongAnswer
 from .plan import Actor
 from .stage import Looks
 
-PATIENCE = 30.0  # seconds; what a good client waits for longer does not come
 TOLD = 3  # the exit status of who has told what was wrong
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 libc = ctypes.CDLL(None, use_errno=True)
@@ -50,6 +49,7 @@ class Cast:
         self.index = index  # its row of the board
         self.address = address
         self.board = board
+        self.patience = board.patience
         self.expected = expected
         self.client = fdbroker.Client(address)
         self.at = 0
@@ -106,10 +106,10 @@ class Cast:
 
     def wait_until(self, condition: Callable[[], Any], what: str) -> None:
         """Check that it comes true, in time."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while not condition():
             if time.monotonic() > deadline:
-                raise WrongAnswer(f"after {PATIENCE} s still not: {what}")
+                raise WrongAnswer(f"after {self.patience} s still not: {what}")
             time.sleep(0.002)
         self.right += 1
 

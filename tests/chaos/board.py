@@ -28,6 +28,7 @@ from .plan import KINDS, Actor
 STOP = 0
 RIGHT, SLOWEST, STEP = range(3)  # words of an actor, before its counts
 WORD = 8
+PATIENCE = 30.0  # seconds; what a good client waits for longer does not come
 
 
 class WrongAnswer(Exception):
@@ -37,7 +38,10 @@ class WrongAnswer(Exception):
 class Board:
     """Made before the actors are forked."""
 
-    def __init__(self, actors: Sequence[Actor], turns: Sequence[str]) -> None:
+    def __init__(
+        self, actors: Sequence[Actor], turns: Sequence[str], patience: float = PATIENCE
+    ) -> None:
+        self.patience = patience
         self._names = [actor.name for actor in actors]
         self._row = 3 + len(KINDS)
         self._published_at = 1

@@ -22,7 +22,7 @@ import fdbroker
 from fdbroker.errors import EntryRetired, UnknownEntry, UnknownTicket
 
 from . import stage
-from .actor import PATIENCE, TOLD, Cast, die, fork, kill, pipe
+from .actor import TOLD, Cast, die, fork, kill, pipe
 from .board import WrongAnswer
 from .plan import COMMON, READABLE
 
@@ -98,7 +98,7 @@ class Dying(Cast):
                     die()
             names_now = names[:1] if what == "turn" else names
             with (
-                client.borrow_all(names_now, exclusive=True, timeout=PATIENCE) as loan,
+                client.borrow_all(names_now, exclusive=True, timeout=self.patience) as loan,
                 self.board.witness(names_now, exclusive=True),
             ):
                 for name in names_now:
@@ -131,7 +131,7 @@ class Dying(Cast):
             raise WrongAnswer(f"{name} was lent to two who exclude each other")
 
         with (
-            self.client.borrow(name, exclusive=True, timeout=PATIENCE) as loan,
+            self.client.borrow(name, exclusive=True, timeout=self.patience) as loan,
             self.board.witness([name], exclusive=True),
         ):
             stage.check_looks(self.expected, name, loan.fileno())
@@ -258,7 +258,7 @@ class Dying(Cast):
 
             def live(client: fdbroker.Client) -> None:
                 let_go.close()
-                loan = client.borrow_all(names, exclusive=exclusive, timeout=PATIENCE)
+                loan = client.borrow_all(names, exclusive=exclusive, timeout=self.patience)
                 os.dup2(stdin.fileno(), 0)
                 tell.write(b"x")
                 with loan:

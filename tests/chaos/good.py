@@ -20,7 +20,6 @@ from fdbroker.errors import (
 )
 
 from . import stage
-from .actor import PATIENCE
 from .board import WrongAnswer
 from .own import Owner
 from .plan import COMMON, READABLE, SECRET
@@ -61,7 +60,7 @@ class Good(Owner):
 
     def turn(self, name: str, ms: float) -> None:
         with self.client.borrow(
-            name, exclusive=True, timeout=PATIENCE, purpose=self.purpose
+            name, exclusive=True, timeout=self.patience, purpose=self.purpose
         ) as loan:
             self.has_turns(loan, [name], ms)
             if self.at % 16 == 0:
@@ -69,7 +68,7 @@ class Good(Owner):
 
     def turn_shared(self, name: str, ms: float) -> None:
         with (
-            self.client.borrow(name, timeout=PATIENCE) as loan,
+            self.client.borrow(name, timeout=self.patience) as loan,
             self.board.witness([name], exclusive=False),
         ):
             stage.check_looks(self.expected, name, loan.fileno())
@@ -96,7 +95,7 @@ class Good(Owner):
                 self.right += 1
 
     def several(self, names: list[str], exclusive: bool, ms: float) -> None:
-        loan = self.client.borrow_all(names, exclusive=exclusive, timeout=PATIENCE)
+        loan = self.client.borrow_all(names, exclusive=exclusive, timeout=self.patience)
         with loan:
             self.check(loan.entries == tuple(names), f"{names} became {loan.entries}")
             if exclusive:

@@ -22,7 +22,7 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 
-from .actor import PATIENCE, Cast, fork, pipe
+from .actor import Cast, fork, pipe
 from .plan import CREW
 
 STAMP = struct.Struct("=16sQQ")
@@ -124,10 +124,10 @@ class Owner(Cast):
             self.check(not is_at_end(reader, 0), "it was closed while it was lent")
             loan.close()
             if wait:
-                self.client.retire(name, wait=True, timeout=PATIENCE)
+                self.client.retire(name, wait=True, timeout=self.patience)
                 self.check(is_at_end(reader, 0), "it was said to be closed, and was open")
             else:
-                self.check(is_at_end(reader, PATIENCE), "it was not closed")
+                self.check(is_at_end(reader, self.patience), "it was not closed")
 
     def share(self, number: int) -> None:
         """A ticket is good until its owner retires it; the loan is good for longer."""
@@ -152,15 +152,15 @@ class Owner(Cast):
             inodes = {os.fstat(number).st_ino for number in numbers}
             self.check(len(inodes) == 1, f"of one file came {len(inodes)}")
             self.has_stamp(numbers[-1], "put", self.number, count)
-        self.client.retire(name, wait=True, timeout=PATIENCE)
+        self.client.retire(name, wait=True, timeout=self.patience)
 
     def deadlock(self) -> None:
         name = self.name("lock")
         self.put_stamp(name, 1)
         with self.client.borrow(name, exclusive=True):
-            self.refuses(WouldDeadlock, self.client.borrow, name, timeout=PATIENCE)
+            self.refuses(WouldDeadlock, self.client.borrow, name, timeout=self.patience)
             self.refuses(WouldDeadlock, self.client.borrow, name, exclusive=True)
-        self.client.retire(name, wait=True, timeout=PATIENCE)
+        self.client.retire(name, wait=True, timeout=self.patience)
 
     def busy(self, ms: float) -> None:
         """Another process has it: who, and for how long one waits."""
@@ -187,10 +187,10 @@ class Owner(Cast):
                 holders = [(holder[0], holder[3]) for holder in error.holders]
                 self.check(holders == [(pid, True)], f"held by {pid}, told {error.holders}")
             let_go.close()
-            with self.client.borrow(name, exclusive=True, timeout=PATIENCE):
+            with self.client.borrow(name, exclusive=True, timeout=self.patience):
                 self.right += 1
             self.check(os.waitpid(pid, 0)[1] == 0, "another process of ours failed")
-        self.client.retire(name, wait=True, timeout=PATIENCE)
+        self.client.retire(name, wait=True, timeout=self.patience)
 
     def ephemeral(self) -> None:
         """What was put ephemerally ends with the process that put it; the loan does not."""

@@ -25,13 +25,12 @@ import fdbroker
 from fdbroker.errors import UnknownEntry
 
 from . import stage
-from .board import Board
+from .board import PATIENCE, Board
 from .crew import BrokerProcess, Crew, adopt_orphans, end_all, import_what_actors_need
 from .plan import CREW, DYING, GOOD, HOSTILE, TURNS, fingerprint, plan
 from .replay import Different, replay
 
-END_SECONDS = 60.0  # in which the crew must have come to its end, and the broker let go of it
-WRONG_SECONDS = 2.0  # the same when something is wrong already
+WRONG_SECONDS = 2.0  # in which the crew must have come to its end, if something is wrong already
 GROWTH = 1_000_000  # bytes, at most, in the second half
 SAMPLE_SECONDS = 0.5
 LINE_SECONDS = 5.0
@@ -53,8 +52,15 @@ class Run:
     """One run; `wrong` are the findings, none of which there should be."""
 
     def __init__(
-        self, seconds: float, seed: int, *, planted: str = "-", keep: str | None = None
+        self,
+        seconds: float,
+        seed: int,
+        *,
+        patience: float = PATIENCE,
+        planted: str = "-",
+        keep: str | None = None,
     ) -> None:
+        self.end_seconds = 2 * patience  # in which all come to an end, and the broker lets them go
         self.seconds = seconds
         self.seed = seed
         self.planted = planted
@@ -78,7 +84,7 @@ class Run:
         os.chmod(self.folder, 0o711)
         recording = self.keep or f"{self.folder}/recording"
         actors = plan(self.seed)
-        board = Board(actors, TURNS)
+        board = Board(actors, TURNS, self.end_seconds / 2)
         try:
             stage.fill(self.folder)
             Path(f"{self.folder}/fdbroker.toml").write_text(stage.configuration(self.folder))
@@ -102,7 +108,7 @@ class Run:
         with fdbroker.Client(broker.address) as client:
             expected = stage.look_at_all(client)
             client.borrow("common/file", mode="r").close()  # its threads have all begun
-            wait_for(lambda: client.stats()["jobs"] == 0)
+            wait_for(lambda: client.stats()["jobs"] == 0, self.end_seconds)
             before = Counter(open_files(broker.pid).values())
             stats = client.stats()
             begun = time.monotonic()
@@ -110,7 +116,7 @@ class Run:
             self._watch(broker, board, crew, client, begun)
             board.stop()
             wrong = self.wrong or crew.failed or board.faults()
-            stuck = crew.wait(WRONG_SECONDS if wrong else END_SECONDS)
+            stuck = crew.wait(WRONG_SECONDS if wrong else self.end_seconds)
             self.wrong += crew.failed + ([] if wrong else stuck)
             end_all({broker.pid})
             self.took = time.monotonic() - begun
@@ -177,7 +183,7 @@ class Run:
         def descriptors() -> Counter[str]:
             return Counter(open_files(broker.pid).values())
 
-        if wait_for(is_as_before, WRONG_SECONDS if self.wrong else END_SECONDS):
+        if wait_for(is_as_before, WRONG_SECONDS if self.wrong else self.end_seconds):
             users = [row.uid for row in client.usage()] if hasattr(client, "usage") else []
             if not set(users) <= {os.geteuid()}:
                 self.wrong.append(f"everyone is gone, and on account: {client.usage()}")
@@ -267,7 +273,7 @@ def total(counts: dict[str, int], kinds: object) -> int:
     return sum(count for kind, count in counts.items() if kind in kinds)  # type: ignore[operator]
 
 
-def wait_for(condition: object, seconds: float = END_SECONDS) -> bool:
+def wait_for(condition: object, seconds: float) -> bool:
     """Whether it comes true in that time."""
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
