@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.unix import Inbox
 
+ROOM = MESSAGE_BYTES + 1  # one more: so what is too long is not taken for a message cut to size
+
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
 NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""))  # the session of who has none yet
@@ -75,7 +77,7 @@ class Connection:
         self.receive: Callable[[], bytes] = self._receive_with_descriptors
         if unix.refuse_descriptors(sock):
             # nothing but bytes can come, and to receive no more than these takes half the time
-            self.receive = partial(sock.recv, MESSAGE_BYTES, unix.RECEIVE_NOW)
+            self.receive = partial(sock.recv, ROOM, unix.RECEIVE_NOW)
 
     def accept_descriptors(self) -> None:
         """From now on the client may send descriptors."""
@@ -83,7 +85,7 @@ class Connection:
         self.receive = self._receive_with_descriptors
 
     def _receive_with_descriptors(self) -> bytes:
-        data, self.inbox = unix.receive_now(self.sock, MESSAGE_BYTES)
+        data, self.inbox = unix.receive_now(self.sock, ROOM)
         if self.inbox is not None and self.state == READY:
             self.state = LADEN
         return data
