@@ -30,7 +30,7 @@ KNOWN_REQUESTS = 512
 KNOWN_BYTES = 256
 SEQ = 9_007_199_254_740_992
 
-HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS = range(10)
+HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS, USAGE = range(11)
 
 
 def number(most: int) -> Callable[[Any], bool]:
@@ -72,6 +72,7 @@ REQUESTS: dict[int, tuple[Callable[[Any], bool], ...]] = {
     ENTRIES: (number(4_294_967_296),),
     LOANS: (text(255), number(4_294_967_296), number(4096)),
     STATS: (),
+    USAGE: (number(4_294_967_296),),
 }
 
 TURN_FAULTS = (
@@ -154,6 +155,11 @@ def pairs(value: Any) -> bool:
     return all(type(key) is str and type(count) is int and count >= 0 for key, count in value)
 
 
+def counts(value: Any) -> bool:
+    """Of sessions, loans, entries, waiting, bytes, closes; None is no limit."""
+    return type(value) is list and len(value) == 6 and all(x is None or COUNT(x) for x in value)
+
+
 REPLIES: dict[int, tuple[Callable[[Any], bool], ...]] = {
     HELLO: (lambda version: version == 1,),
     BORROW: (number(4096), number(DESCRIPTORS), COUNT),
@@ -170,8 +176,9 @@ REPLIES: dict[int, tuple[Callable[[Any], bool], ...]] = {
         rows(text(255), ANY_TEXT, COUNT, COUNT, COUNT, truth, text(128), COUNT),
     ),
     STATS: (pairs,),
+    USAGE: (COUNT, rows(COUNT, counts, counts)),
 }
-PAGES = (ENTRIES, LOANS)
+PAGES = (ENTRIES, LOANS, USAGE)
 ERRORS = errors.by_code()
 
 

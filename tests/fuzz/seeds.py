@@ -16,7 +16,7 @@ from fuzz.contract import BORROW, CANCEL, ENTRIES, HELLO, LOANS, MORE, PUT, RETI
 from fuzz.steps import ANSWERED, HELD, STEPS, UNREAD, Input, Step
 from fuzz.strategies import BAD, GOOD, HEADS, WRONG_TYPES, request
 
-LISTS = ("entries", "loans", "stats")
+LISTS = ("entries", "loans", "stats", "usage")
 NAMES = ("hello", "borrow", "more", "return", "cancel", "put", "retire", *LISTS)
 SILENT = Step(steps.CONNECT, 0, ANSWERED, (0,))
 COMES, COMES_TO_PUT = (Step(steps.CONNECT, 0, ANSWERED, (flags,)) for flags in (1, 3))

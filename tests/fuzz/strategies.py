@@ -23,6 +23,7 @@ from fuzz.contract import (
     RETIRE,
     RETURN,
     STATS,
+    USAGE,
 )
 from fuzz.steps import ANSWERED, HELD, UNREAD, Input, Step
 
@@ -64,6 +65,7 @@ GOOD: dict[int, tuple[tuple[Any, ...], ...]] = {
     ENTRIES: ((0, 0, 60, 2**32 - 1, 2**32),),
     LOANS: (("", "", "a", "zz", "x" * 255), (0, 0, 1, 2**32), (0, 0, 1, 4095, 4096)),
     STATS: (),
+    USAGE: ((0, 0, 1, 2**32),),
 }
 TIMEOUTS = (-1, -0.001, 10**9 + 1, 1e9 + 1, 1e300, float("inf"), float("nan"), HUGE, 10**18)
 BAD: dict[int, tuple[tuple[Any, ...], ...]] = {
@@ -85,9 +87,10 @@ BAD: dict[int, tuple[tuple[Any, ...], ...]] = {
     ENTRIES: (beside(2**32),),
     LOANS: (Strings.TOO_LONG, beside(2**32), beside(4096)),
     STATS: (),
+    USAGE: (beside(2**32),),
 }
 VERBS = (BORROW, BORROW, BORROW, BORROW, MORE, RETURN, RETURN, CANCEL, PUT, PUT, RETIRE)
-LISTS = (ENTRIES, LOANS, STATS, HELLO)
+LISTS = (ENTRIES, LOANS, STATS, USAGE, HELLO)
 
 clients = st.sampled_from((0, 0, 0, 1, 1, 2, 3))
 hows = st.sampled_from((ANSWERED,) * 6 + (UNREAD, HELD))

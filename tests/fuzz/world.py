@@ -205,7 +205,13 @@ class World:
             raise Found("somebody is not told what was decided")
         peers = {slot: session.peer for slot, session in lender.sessions.items()}
         loaded = reload(Ledger(bytearray(self.ledger.buffer)), peers, self.server.now)
-        if loaded.decisions or view(loaded) != view(lender):
+        # connections are on their accounts before they have a session
+        seen, told = view(lender), view(loaded)
+        for uid, (_, *used) in seen.pop("accounts").items():
+            if used != list(told["accounts"].get(uid, (0, 0, 0, 0))[1:]):
+                raise Found("ledger and memory tell of different accounts")
+        del told["accounts"]
+        if loaded.decisions or told != seen:
             raise Found("ledger and memory tell different things")
         for known in (messages.KNOWN, *self.server._admission._known.values()):
             if len(known) > contract.KNOWN_REQUESTS:
