@@ -40,7 +40,7 @@ WITHIN = (  # only the lender itself, or who loads one, calls them
     *("hold", "stand_in_line", "serve_line", "enter", "watch", "watch_again"),
     *("note_deadline", "slots_taken"),
 )
-CHARGES = ("account", "add", "supply", "hold_to", "forget_quota")
+CHARGES = ("account", "add", "drop_idle", "supply", "hold_to", "forget_quota")
 CHECKPOINT, END = "#", "."
 EVENTS_BETWEEN = 2000  # checkpoints
 SIZES = struct.Struct("=II")  # before each record: of what was asked, and of what came of it
@@ -194,6 +194,12 @@ def recording(recorder: Recorder) -> type[Lender]:
                 assert self.accounts.get(uid) is account, f"{account} was given up"
             if count:
                 recorder.event("add", lambda: call(account, what, count), uid, what, count)
+
+        def drop_idle(self, account: Account) -> None:
+            call, known = super().drop_idle, self.accounts.get(account.uid)
+            if known is not None and account.idle:
+                assert known is account, f"{account} was given up, and is not {known}"
+                recorder.event("drop_idle", lambda: call(account), account.uid)
 
         def __setattr__(self, name: str, value: Any) -> None:
             set_it = super().__setattr__

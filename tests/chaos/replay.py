@@ -119,6 +119,8 @@ class Replay:
             uid, what, count = arguments
             account = None if uid is None else quotas.accounts[uid]
             call = lambda: quotas.add(account, what, count)  # noqa: E731
+        elif method == "drop_idle":
+            call = lambda: quotas.drop_idle(quotas.accounts[arguments[0]])  # noqa: E731
         elif method == "supply":
             call = lambda: setattr(quotas, *arguments)  # noqa: E731
         elif method in CHARGES:

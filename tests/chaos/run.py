@@ -22,7 +22,7 @@ from typing import NamedTuple
 from support import open_files
 
 import fdbroker
-from fdbroker.errors import UnknownEntry
+from fdbroker.errors import FDBrokerError, UnknownEntry
 
 from . import stage
 from .board import PATIENCE, Board
@@ -104,25 +104,14 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _with(self, broker: BrokerProcess, board: Board) -> None:
-        actors = plan(self.seed)
-        with fdbroker.Client(broker.address) as client:
-            expected = stage.look_at_all(client)
-            client.borrow("common/file", mode="r").close()  # its threads have all begun
-            wait_for(lambda: client.stats()["jobs"] == 0, self.end_seconds)
-            before = Counter(open_files(broker.pid).values())
-            stats = client.stats()
-            begun = time.monotonic()
-            crew = Crew(actors, broker, board, expected)
-            self._watch(broker, board, crew, client, begun)
-            board.stop()
-            wrong = self.wrong or crew.failed or board.faults()
-            stuck = crew.wait(WRONG_SECONDS if wrong else self.end_seconds)
-            self.wrong += crew.failed + ([] if wrong else stuck)
-            end_all({broker.pid})
-            self.took = time.monotonic() - begun
-            if broker.is_alive:
-                self._look_for_leaks(client, broker, stats, before)
-                self.samples.append(sample(broker, self.took))
+        begun = time.monotonic()
+        try:
+            with fdbroker.Client(broker.address) as client:
+                self._play(broker, board, client)
+        except (FDBrokerError, OSError) as error:
+            self.wrong.append(f"the broker does not answer us: {error!r}")
+        end_all({broker.pid})
+        self.took = time.monotonic() - begun
         status = broker.end()
         if status != 0:
             self.wrong.append(f"the broker ended with status {status}")
@@ -130,6 +119,25 @@ class Run:
         for actor, step, pid, text in board.faults():
             self.wrong.append(f"{actor} (pid {pid}) at {step}: {text}")
         self._sum_up(board)
+
+    def _play(self, broker: BrokerProcess, board: Board, client: fdbroker.Client) -> None:
+        """The crew comes, does what it does for as long as it may, and goes."""
+        expected = stage.look_at_all(client)
+        client.borrow("common/file", mode="r").close()  # its threads have all begun
+        wait_for(lambda: client.stats()["jobs"] == 0, self.end_seconds)
+        before = Counter(open_files(broker.pid).values())
+        stats = client.stats()
+        begun = time.monotonic()
+        crew = Crew(plan(self.seed), broker, board, expected)
+        self._watch(broker, board, crew, client, begun)
+        board.stop()
+        wrong = self.wrong or crew.failed or board.faults()
+        stuck = crew.wait(WRONG_SECONDS if wrong else self.end_seconds)
+        self.wrong += crew.failed + ([] if wrong else stuck)
+        end_all({broker.pid})
+        if broker.is_alive:
+            self._look_for_leaks(client, broker, stats, before)
+            self.samples.append(sample(broker, time.monotonic() - begun))
 
     def _watch(
         self, broker: BrokerProcess, board: Board, crew: Crew, client: fdbroker.Client, begun: float
