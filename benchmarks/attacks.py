@@ -110,7 +110,7 @@ def crowd(kind: type[Subject]) -> Told:
 # --- sixty real clients ---
 
 
-def sixty(kind: type[Subject], seconds: float, uids: str = "each") -> Told:
+def sixty(kind: type[Subject], seconds: float, uids: str = "each", look: float = 5.0) -> Told:
     """60 client processes that come, borrow, hold, return and go, again and again; then all room
     is held by others while the 60 wait; then these leave, and each of the 60 must be served."""
     with kind(LIMIT) as subject, tempfile.TemporaryFile() as told:
@@ -122,7 +122,7 @@ def sixty(kind: type[Subject], seconds: float, uids: str = "each") -> Told:
             told_all["clients served"] = f"{len(cycles)} of {CLIENTS}"
             least = min((cycles.get(number, 0) for number in range(CLIENTS)), default=0)
             told_all["fewest of one client"] = str(least)
-            told_all |= no_room(subject, told)
+            told_all |= no_room(subject, told, look)
         finally:
             for pid in started:
                 os.kill(pid, signal.SIGKILL)
@@ -130,13 +130,13 @@ def sixty(kind: type[Subject], seconds: float, uids: str = "each") -> Told:
         return told_all | after(subject)
 
 
-def no_room(subject: Subject, told: object) -> Told:
-    """Have all room held by others, and look at the CPU; then let the 60 in again."""
+def no_room(subject: Subject, told: object, look: float) -> Told:
+    """Have all room held by others, look at the CPU for so many seconds; then let the 60 in."""
     found = Told()
     with contextlib.ExitStack() as stack:
         held = 0
         last = time.monotonic()
-        while time.monotonic() < last + 9 and subject.is_alive:
+        while time.monotonic() < last + look + 4 and subject.is_alive:
             # each by another uid, so that no quota of one uid is in the way
             try:
                 sock = stack.enter_context(subject.connect(HOLDERS + held, seconds=3))
@@ -145,7 +145,7 @@ def no_room(subject: Subject, told: object) -> Told:
             except (OSError, Lost):
                 time.sleep(0.01)
         before = sum(served(told).values())
-        found["CPU while there is no room"] = busy(subject, 5.0)
+        found["CPU while there is no room"] = busy(subject, look)
         waiting = sum(served(told).values()) - before
         found["(held by others / loans of the 60 meanwhile)"] = f"{held} / {waiting}"
     since, seen = served(told), time.monotonic()

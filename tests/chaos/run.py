@@ -112,12 +112,12 @@ class Run:
             self.wrong.append(f"the broker does not answer us: {error!r}")
         end_all({broker.pid})
         self.took = time.monotonic() - begun
+        for actor, step, pid, text in board.faults():
+            self.wrong.append(f"{actor} (pid {pid}) at {step}: {text}")
         status = broker.end()
         if status != 0:
             self.wrong.append(f"the broker ended with status {status}")
         self._read_log(broker)
-        for actor, step, pid, text in board.faults():
-            self.wrong.append(f"{actor} (pid {pid}) at {step}: {text}")
         self._sum_up(board)
 
     def _play(self, broker: BrokerProcess, board: Board, client: fdbroker.Client) -> None:
@@ -206,7 +206,7 @@ class Run:
         with open(broker.log, errors="replace") as log:
             lines = log.read().splitlines()
         bad = [number for number, line in enumerate(lines) if BAD.search(line)]
-        for number in bad[:3]:
+        for number in bad[:1]:
             self.wrong.append("in the log:\n  " + "\n  ".join(lines[number : number + 20]))
         self.logged = Counter(EVENT.findall("\n".join(lines)))
 

@@ -33,7 +33,7 @@ def uid_of(role: str) -> int:
 
 def configuration(folder: str) -> str:
     """The broker's file; what it opens is in `folder`."""
-    lines = ["[server]", 'mode = "0666"', "drain = 5"]
+    lines = ["[server]", 'mode = "0666"', "drain = 2"]
     resources = {
         "common/file": f'open = "{folder}/file:rw"',
         "common/readonly": f'open = "{folder}/readonly:r"',

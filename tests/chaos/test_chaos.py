@@ -66,11 +66,11 @@ def run(seconds: float, seed: int, *options: object) -> str:
 @pytest.mark.parametrize("mistake", planted.PLANTED)
 def test_a_planted_mistake_is_found(mistake: str, tmp_path: Path) -> None:
     kept = tmp_path / "recording"
-    what = ["--planted", mistake, "--patience", 4, "--record", kept]
-    done = chaos("--seconds", 6, "--seed", 2, *what)
+    what = ["--planted", mistake, "--patience", 3, "--record", kept]
+    done = chaos("--seconds", 4, "--seed", 2, *what)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG: " in done.stdout
-    assert "again: python -m tests.chaos --seconds 6 --seed 2" in done.stdout
+    assert "again: python -m tests.chaos --seconds 4 --seed 2" in done.stdout
     assert kept.exists()
 
 

@@ -18,7 +18,7 @@ ALL = f"{len(KEPT)} of {len(KEPT)}"
 @pytest.mark.long
 @pytest.mark.timeout(200)
 def test_sixty_clients_of_a_broker_of_thirty_descriptors() -> None:
-    told = sixty(Fdbroker, 3, "each" if ROOT else "own")
+    told = sixty(Fdbroker, 2, "each" if ROOT else "own", look=2)
     print(told)
     assert told["the broker"] == "alive"
     assert told["entries kept"] == ALL
