@@ -30,9 +30,6 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10_000, help="so many inputs at most")
     parser.add_argument("--seed", type=int, default=1, help="of chance")
     parser.add_argument("--into", metavar="DIR", help="keep there what reaches new code")
-    parser.add_argument(
-        "--merge", metavar="DIR", help="take from there into the corpus what reaches new code"
-    )
     parser.add_argument("--replay", metavar="FILE", help="play one input")
     parser.add_argument(
         "--seeds", action="store_true", help="write the part of the corpus that is made by hand"
@@ -48,15 +45,11 @@ def main() -> int:
     runs = -1 if options.seconds else options.runs
     with tempfile.TemporaryDirectory(prefix="fdbroker-fuzz-") as folder:
         os.chmod(folder, 0o711)  # other uids get to the socket in it
-        kept = Path(options.into or options.merge or os.path.join(folder, "new")).resolve()
+        kept = Path(options.into or os.path.join(folder, "new")).resolve()
         kept.mkdir(parents=True, exist_ok=True)
         corpus = TESTS / "fuzz" / "corpus"
-        if options.merge:
-            what = ["-merge=1", str(corpus), str(kept)]
-        else:
-            what = [f"-runs={runs}", f"-max_total_time={options.seconds}", str(kept), str(corpus)]
-            what.append(f"-seed={options.seed}")
-        command = [sys.executable, "-m", "fuzz.guided", *BOUNDS, *what]
+        command = [sys.executable, "-m", "fuzz.guided", str(kept), str(corpus), *BOUNDS]
+        command += [f"-runs={runs}", f"-max_total_time={options.seconds}", f"-seed={options.seed}"]
         command.append(f"-artifact_prefix={os.getcwd()}/")
         # what its end leaves behind in the temporary folder goes with it
         environment = os.environ | {"PYTHONPATH": str(TESTS), "TMPDIR": folder}

@@ -1,7 +1,7 @@
 """The part of the corpus that is made by hand: each boundary of the table, and known hard cases.
 
 `python -m tests.fuzz --seeds` writes them into ``corpus/``; the other files there were kept by
-atheris, because they reach code that no other one does.
+atheris, for the code that they reach (`atheris-...`).
 """
 
 from __future__ import annotations

@@ -25,17 +25,19 @@ def test_every_input_of_the_corpus() -> None:
 
 
 @pytest.mark.long
-def test_no_input_of_the_corpus_takes_much_memory() -> None:
+def test_what_is_long_or_deep_takes_little_memory() -> None:
     tracemalloc.start()  # then the target looks at each turn
     try:
-        replay()
+        replay("heads", "size", "many")
     finally:
         tracemalloc.stop()
 
 
-def replay() -> None:
+def replay(*beginnings: str) -> None:
     with bounded.player() as play:
         for name, it in bounded.corpus().items():
+            if not name.startswith(beginnings or ""):
+                continue
             try:
                 play(it)
             except Exception as error:
@@ -60,7 +62,7 @@ def test_some_inputs_of_hypothesis() -> None:
 @pytest.mark.long
 def test_more_inputs_of_hypothesis() -> None:
     with bounded.player() as play:
-        bounded.search(play, 600)
+        bounded.search(play, 300)
 
 
 @settings(database=None, derandomize=True)
