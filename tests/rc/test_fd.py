@@ -621,6 +621,7 @@ def test_the_warning_names_the_line_that_lost_it(rc: Any, pipe: kit.Pipe) -> Non
     with pytest.warns(ResourceWarning) as caught:
         del fd
     assert [(one.filename, one.lineno) for one in caught] == [(__file__, line + 2)]
+    assert isinstance(caught[0].source, rc.FD)  # so tracemalloc can tell where it was made
 
 
 def test_a_failing_close_of_a_collected_one_is_told(rc: Any, monkeypatch: Any) -> None:
