@@ -10,20 +10,24 @@ import json
 import os
 import resource
 import sys
+from typing import Any
 
 from fdbroker import cli
 from fdbroker.daemon import log, serve  # noqa: F401 - another uid may not read them
-from fdbroker.ipc import unix
+from fdbroker.ipc import door, unix
+from fdbroker.lender.books import SECOND
 
 from .target import become, unshare
 
 CLONE_NEWPID = 0x20000000  # linux/sched.h
 
 
-def main(how: dict[str, object], arguments: list[str]) -> int:
+def main(how: dict[str, Any], arguments: list[str]) -> int:
     """What the command returns."""
     if how["passes_rights"]:  # a kernel before 6.16
         unix.refuse_descriptors = lambda sock: False
+    if how["patience"]:
+        door.HELLO_TIME = int(how["patience"] * SECOND)
     if how["pid_namespace"]:
         unshare(CLONE_NEWPID)
         if pid := os.fork():

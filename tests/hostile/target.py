@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from support import PATIENCE, start_fork, targets, wait_until
+from support import PATIENCE, can_refuse_descriptors, start_fork, targets, wait_until
 
 import fdbroker
 from fdbroker.ipc.client import forget_client_at
@@ -91,7 +91,8 @@ class Target:
     """A broker process, its folder, its log, and a client of its own uid to ask it questions.
 
     uid: that it runs as.  limit: its RLIMIT_NOFILE.  passes_rights: the kernel has no
-    SO_PASSRIGHTS, it believes.  pid_namespace: it is in one of its own.
+    SO_PASSRIGHTS, it believes.  pid_namespace: it is in one of its own.  patience: the seconds in
+    which one must say hello, or read.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Target:
         limit: int = 0,
         passes_rights: bool = False,
         pid_namespace: bool = False,
+        patience: float = 0.0,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fdbroker-hostile-"))
         self.folder.chmod(0o711)
@@ -114,13 +116,16 @@ class Target:
             "limit": limit,
             "passes_rights": passes_rights,
             "pid_namespace": pid_namespace,
+            "patience": patience,
         }
         serve = ["serve", "--socket", self.address, "--config", str(self.folder / "config")]
         ready, told = os.pipe()
         with open(self.folder / "log", "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "hostile.serving", json.dumps(how)]
-                + [*serve, "--ready-fd", str(told)],
+                [
+                    *(sys.executable, "-W", "error", "-m", "hostile.serving", json.dumps(how)),
+                    *(*serve, "--ready-fd", str(told)),
+                ],
                 env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
                 stderr=log,
                 pass_fds=[told],
@@ -133,6 +138,7 @@ class Target:
             (self.pid,) = children_of(self.pid)
         self.client = fdbroker.Client(self.address)
         self.counts()  # so that it has its session
+        self.refuses = can_refuse_descriptors() and not passes_rights
         self.good = Good(self)
 
     # --- what it looks like ---
