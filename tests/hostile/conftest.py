@@ -7,6 +7,8 @@ import pytest
 
 from .target import Target
 
+LONG = 6  # times as much in the long tier
+
 
 @pytest.fixture(scope="session")
 def shared_target() -> Iterator[Target]:
@@ -17,8 +19,9 @@ def shared_target() -> Iterator[Target]:
         yield target
 
 
-@pytest.fixture
-def target(shared_target: Target) -> Iterator[Target]:
+@pytest.fixture(params=[1, pytest.param(LONG, marks=pytest.mark.long)], ids=["fast", "long"])
+def target(shared_target: Target, request: pytest.FixtureRequest) -> Iterator[Target]:
     """A broker that is attacked, while a good client is served: see target.py."""
+    shared_target.volume = request.param
     with shared_target.unharmed():
         yield shared_target

@@ -5,7 +5,8 @@ Every test of this folder stands on a `Target`, and each looks at the same five 
 * **The good client**, a process of a uid of its own, borrows, puts and asks all the time.  It looks
   at what it gets (inode and contents), and every attack goes on until it was answered.
 * **The broker's descriptors**: where they lead is the same after the attack as it was before.
-* **Its sessions**, loans, entries, waits and jobs: so are their numbers.
+* **Its sessions**, loans, entries, waits and jobs: so are their numbers, and nobody who has gone
+  has anything left on account.
 * **Its memory** does not grow by what an attack does again and again.
 * **Its log** says why, one line for each, and has no mistake of the broker's own in it.
 
@@ -54,6 +55,9 @@ drain = 1
 open = "%s/file:rw"
 
 [entry."public/memory"]
+memfd = 4096
+
+[entry."public/busy"]
 memfd = 4096
 
 [[rule]]  # the attackers: they may put what and where they like, and borrow that
@@ -140,6 +144,7 @@ class Target:
         self.counts()  # so that it has its session
         self.refuses = can_refuse_descriptors() and not passes_rights
         self.good = Good(self)
+        self.volume = 1  # how many times as often everything is done
 
     # --- what it looks like ---
 
@@ -156,7 +161,8 @@ class Target:
     def counts(self) -> dict[str, int]:
         """How many there are of what a client can make."""
         stats = self.client.stats()
-        return {name: stats[name] for name in COUNTS}
+        counts = {name: stats[name] for name in COUNTS}
+        return counts | {"users": len(self.client.usage())}
 
     def log(self) -> list[str]:
         """Its lines so far."""
@@ -191,7 +197,7 @@ class Target:
         self,
         strike: Callable[[str], object],
         *,
-        rounds: int = 100,
+        rounds: int = 40,
         processes: int = 2,
         uid: int = ALICE,
         why: str = "",
@@ -206,7 +212,7 @@ class Target:
         done = self._strike(strike, uid, 5, 1)
         self.settle()
         memory = self.memory()
-        done += self._strike(strike, uid, rounds, processes)
+        done += self._strike(strike, uid, rounds * self.volume, processes)
         self.settle()
         assert self.memory() - memory < GROWTH
         if why:
