@@ -65,16 +65,16 @@ class Pipe:
 
 
 @pytest.fixture(params=["the kernel refuses them", "the kernel cannot refuse them"])
-def either(request: pytest.FixtureRequest) -> Iterator[Target]:
+def either(request: pytest.FixtureRequest, shared_target: Target) -> Iterator[Target]:
     """A broker under a kernel with SO_PASSRIGHTS, and one under an older one."""
-    if "cannot" not in request.param:
-        if not can_refuse_descriptors():
-            pytest.skip("SO_PASSRIGHTS is of Linux 6.16")
-        yield request.getfixturevalue("target")
-        return
-    request.getfixturevalue("shared_target")  # skips
-    with Target(passes_rights=True) as target, target.unharmed():
-        yield target
+    if "cannot" in request.param:
+        with Target(passes_rights=True) as target, target.unharmed():
+            yield target
+    elif can_refuse_descriptors():
+        with shared_target.unharmed():
+            yield shared_target
+    else:
+        pytest.skip("SO_PASSRIGHTS is of Linux 6.16")
 
 
 def test_to_a_session_that_puts(target: Target) -> None:
