@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -366,6 +367,27 @@ def in_each(function: Callable[[], Any], processes: int) -> list[Any]:
     if errors:
         raise errors[0]
     return results
+
+
+@contextlib.contextmanager
+def meanwhile(play: Callable[[socket.socket], object]) -> Iterator[socket.socket]:
+    """Another process plays during the block, with the other end of a socket; it plays to its end
+    after it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def run() -> None:
+        ours.close()
+        with theirs:
+            play(theirs)
+
+    wait = start_fork(run)
+    theirs.close()
+    ours.settimeout(PATIENCE)
+    try:
+        with ours:
+            yield ours
+    finally:
+        wait()
 
 
 def children_of(pid: int) -> set[int]:

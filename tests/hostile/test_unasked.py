@@ -157,7 +157,7 @@ def test_spam(target: Target) -> None:
             raw.sock.close()
             assert pipe.is_nobodys()
 
-    target.attack(strike, rounds=5)
+    target.attack(strike, rounds=4)
 
 
 # --- sockets that can carry descriptors themselves ----------------------------------------------
@@ -188,7 +188,7 @@ def test_a_socket_sent_over_itself(target: Target, kind: int) -> None:
                 other.close()
                 assert pipe.is_nobodys()  # the kernel has found the cycle: nobody is in its way
 
-    target.attack(strike, rounds=20)
+    target.attack(strike, rounds=4)
 
 
 def test_its_own_connection_sent_back(target: Target) -> None:
