@@ -137,7 +137,10 @@ class Target:
             )
         os.close(told)
         with open(ready, "rb") as file:
-            assert file.read() == b"\n", (self.folder / "log").read_text()
+            if file.read(1) != b"\n":
+                self._process.kill()
+                self._process.wait()
+                raise AssertionError((self.folder / "log").read_text())
         self.pid = self._process.pid
         if pid_namespace:
             (self.pid,) = children_of(self.pid)
