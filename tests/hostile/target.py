@@ -36,6 +36,7 @@ from typing import Any
 from support import PATIENCE, can_refuse_descriptors, start_fork, targets, wait_until
 
 import fdbroker
+from fdbroker.errors import TooManyInFlight
 from fdbroker.ipc.client import forget_client_at
 from fdbroker.ipc.pool import cut_off
 
@@ -280,7 +281,8 @@ class Good:
         self._target = target
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes forked later
         self._numbers = memoryview(self._memory).cast("q")
-        self.puts = True  # not where there is no room for that
+        self.puts = True  # and has opened anew: not where there is no room for that
+        self.retries = False  # where it is told to
 
     @property
     def answers(self) -> int:
@@ -292,6 +294,19 @@ class Good:
         """The seconds that the slowest one took, of those since this was asked last."""
         nanoseconds, self._numbers[1] = self._numbers[1], 0
         return nanoseconds / 1e9
+
+    @contextlib.contextmanager
+    def rests(self) -> Iterator[None]:
+        """It asks for nothing during the block."""
+        self._numbers[3] = 1
+        answers = -1
+        while answers != self.answers:
+            answers = self.answers
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            self._numbers[3] = 0
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
@@ -321,16 +336,24 @@ class Good:
         inode = os.stat(self._target.folder / "file").st_ino
         with fdbroker.Client(self._target.address) as client:
             while not self._numbers[2]:
-                for mode in (None, None, None, None, "r"):
+                for mode in (None, None, None, None, *["r"] * self.puts):
                     self._ask(lambda mode=mode: look_at_file(client, inode, mode))
                 if self.puts:
                     self._ask(lambda: put_and_borrow(client))
                 self._ask(lambda: look_at_list(client))
                 time.sleep(0.001)  # it is no flood itself
+                while self._numbers[3]:
+                    time.sleep(0.01)
 
     def _ask(self, question: Callable[[], object]) -> None:
         before = time.monotonic_ns()
-        question()
+        while True:
+            try:
+                question()
+                break
+            except TooManyInFlight:
+                if not self.retries:
+                    raise
         self._numbers[1] = max(self._numbers[1], time.monotonic_ns() - before)
         self._numbers[0] += 1
 
