@@ -6,14 +6,18 @@ its own, or with something planted in it.
 
 from __future__ import annotations
 
+import argparse  # noqa: F401 - these another uid may not read
+import encodings.idna  # noqa: F401
 import json
 import os
 import resource
 import sys
+import tomllib  # noqa: F401
 from typing import Any
 
 from fdbroker import cli
-from fdbroker.daemon import log, serve  # noqa: F401 - another uid may not read them
+from fdbroker.cli import options, serve  # noqa: F401
+from fdbroker.daemon import log  # noqa: F401
 from fdbroker.ipc import door, unix
 from fdbroker.lender.books import SECOND
 

@@ -290,6 +290,11 @@ class Good:
         return self._numbers[0]
 
     @property
+    def refused(self) -> int:
+        """How often it was told to try again."""
+        return self._numbers[4]
+
+    @property
     def slowest(self) -> float:
         """The seconds that the slowest one took, of those since this was asked last."""
         nanoseconds, self._numbers[1] = self._numbers[1], 0
@@ -354,6 +359,8 @@ class Good:
             except TooManyInFlight:
                 if not self.retries:
                     raise
+                self._numbers[4] += 1
+                time.sleep(0.01)
         self._numbers[1] = max(self._numbers[1], time.monotonic_ns() - before)
         self._numbers[0] += 1
 
