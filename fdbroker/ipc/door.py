@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 RESERVE = (
     4  # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 )
-REST = SECOND // 100  # in which nobody is accepted, after one who was of no use
+# in which nobody is accepted, after one who was of no use.  Short, since a queue (listen(2)) full of
+# such keeps whoever comes behind it waiting so many times
+REST = SECOND // 1000
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
 
