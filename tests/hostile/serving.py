@@ -32,6 +32,8 @@ def main(how: dict[str, Any], arguments: list[str]) -> int:
         unix.refuse_descriptors = lambda sock: False
     if how["patience"]:
         door.HELLO_TIME = int(how["patience"] * SECOND)
+    if not how["rests"]:
+        door.REST = 0
     if how["pid_namespace"]:
         unshare(CLONE_NEWPID)
         if pid := os.fork():

@@ -39,6 +39,7 @@ CASES = {
         "hostile/test_slow_closes.py::test_a_file_system_that_hangs_in_flush",
         "hostile/test_slow_closes.py::test_a_file_system_that_hangs_while_it_is_looked_at",
     ],
+    "offenders that fill the queue": ["hostile/test_pressure.py::test_a_queue_full_of_offenders"],
     # --- malice ---
     "unasked descriptors": [
         "hostile/test_unasked.py::test_to_a_session_that_puts",

@@ -26,10 +26,14 @@ from support import (
     Raw,
     open_files,
     process_state,
+    start_fork,
+    stopped,
     wait_until,
 )
 
-from .target import ALICE, ANSWERS, BOB, KEEPER, Target, become, meanwhile
+import fdbroker
+
+from .target import ALICE, ANSWERS, BOB, CAROL, KEEPER, SLOWEST, Target, become, meanwhile
 
 pytestmark = pytest.mark.usefixtures("shared_target")  # which skips where this is not root
 LOOK = 0.6  # seconds in which the use of a CPU is measured
@@ -214,6 +218,49 @@ def test_too_many_in_flight_for_an_unprivileged_broker() -> None:
                 assert attacker.recv(100) == b"read"
                 wait_until(lambda answers=answers: target.good.answers >= answers + 5)
         assert target.told("event=not-sent") >= 20
+
+
+@pytest.mark.parametrize("offence", ["no message", "no hello", "silence"])
+def test_a_queue_full_of_offenders(offence: str) -> None:
+    """Who comes after them is let in all the same, and soon."""
+    with Target(rests=True) as target, target.unharmed():
+
+        def flood(test: socket.socket) -> None:
+            become(ALICE)
+            with ExitStack() as stack:
+                test.recv(100)
+                for _ in range(400):
+                    sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                    sock.setblocking(False)
+                    sock.connect(target.address)
+                    if offence == "no message":
+                        sock.send(b"\xc1")
+                    elif offence == "no hello":
+                        sock.send(b"\x93\x01\x01\x01")
+                test.send(b"all are there")
+                test.recv(100)
+
+        def come() -> None:
+            become(CAROL)
+            begun = time.monotonic()
+            with fdbroker.Client(target.address) as client, client.borrow("good/file"):
+                assert time.monotonic() - begun < SLOWEST
+
+        with meanwhile(flood) as attacker:
+            with stopped(target.pid):
+                attacker.send(b"come")
+                assert attacker.recv(100) == b"all are there"
+                newcomer = start_fork(come)
+                wait_until(lambda: queued(target.address) > 400)
+            newcomer()
+            answers = target.good.answers
+            wait_until(lambda: target.good.answers >= answers + ANSWERS)
+
+
+def queued(path: str) -> int:
+    """How many have connected there, and were not accepted (unix_diag, as ss(8) shows it)."""
+    shown = subprocess.run(["ss", "-xlHn", "src", path], capture_output=True, text=True, check=True)
+    return int(shown.stdout.split()[2])
 
 
 # --- clients that do nothing --------------------------------------------------------------------
