@@ -225,7 +225,7 @@ class World:
         left = {name: count for name, count in server.stats().items() if count}
         for name in ("entries", "descriptors"):
             left.pop(name, None)
-        if left or server._by_slot or server._greeting:
+        if left or server._by_slot or server._awaited:
             raise Found(f"of the clients that are gone there is left: {left}")
         for entry in list(lender.entries.values()):
             if entry.state != LIVE:
