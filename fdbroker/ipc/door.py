@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 RESERVE = 4
-# in which nobody is accepted, after one who was of no use.  Short, since a queue (listen(2)) full of
-# such keeps whoever comes behind it waiting so many times
+# in which nobody is accepted, after one who was of no use.  Short, since who comes behind a queue
+# (listen(2)) full of such waits so many times as long
 REST = SECOND // 1000
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
