@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fdbroker.cli import loans, ls
+from fdbroker.cli import COMMANDS, loans, ls, stats
 from fdbroker.cli.status import MEANINGS
-from fdbroker.ipc.client import EntryInfo, LoanInfo
+from fdbroker.ipc.client import EntryInfo, LoanInfo, Usage
+from fdbroker.lender.quotas import DEFAULT, WHAT
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -88,7 +90,31 @@ def test_each_test_that_the_page_of_security_names_is_there() -> None:
     assert len(found) > 15
 
 
-@pytest.mark.parametrize("header", [ls.HEADER, loans.HEADER])
+def test_the_pages_have_stats_and_quotas_as_they_are() -> None:
+    page = (DOCS / "commands.md").read_text().partition("\n## stats\n")[2].partition("\n## ")[0]
+    broker, user, what = re.findall(
+        r"^\| (?:field of|of the six).*\n\|---.*\n((?:\|.*\n)+)", page, re.M
+    )
+    assert re.findall(r"^\| `(\w+)`", broker, re.M) == ["broker", "users"]
+    assert re.findall(r"^\| `(\w+)`", user, re.M) == list(Usage._fields)
+    assert re.findall(r"^\| `(\w+)`", what, re.M) == list(WHAT)
+    (example,) = map(json.loads, re.findall(r"^\{.*\}$", page, re.M))
+    assert tuple(example) == Usage._fields
+    assert tuple(example["used"]) == tuple(example["limits"]) == WHAT
+    page = (DOCS / "configuration.md").read_text().partition("\n## Quotas\n")[2]
+    given = re.findall(r"^\| `(\w+)` \| (\d+)( MiB)? \| ", page.partition("```")[0], re.M)
+    defaults = {name: int(number) * (2**20 if unit else 1) for name, number, unit in given}
+    assert defaults == DEFAULT._asdict()
+
+
+def test_every_command_is_on_a_page_and_in_the_readme() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (DOCS / "commands.md").read_text()
+    for command in COMMANDS:
+        assert re.search(rf"^\|.*`fdbroker {command}[ `]", readme, re.M), command
+        assert f"\n## {command}\n" in page or command == "serve"
+
+
+@pytest.mark.parametrize("header", [ls.HEADER, loans.HEADER, stats.HEADER])
 def test_the_page_of_commands_has_the_tables_of_today(header: tuple[str, ...]) -> None:
     lines = (DOCS / "commands.md").read_text().splitlines()
     assert header in [tuple(line.split()) for line in lines]

@@ -262,6 +262,32 @@ def use_up_the_ledger(address: str) -> None:
         client.borrow_all(["d"] * 200)
 
 
+def serve_with_quotas(folder: str) -> None:
+    with open(f"{folder}/f.toml", "w") as file:
+        file.write('[server]\nmode = "0666"\n[entry.data]\nmemfd = 1\n[[rule]]\neveryone = true\n')
+        file.write('verbs = ["borrow"]\nquota = { loans = 2 }\n')
+    serve(f"{folder}/s", config_path=f"{folder}/f.toml")
+
+
+@raises(errors.QuotaExceeded)
+def borrow_more_than_ones_share(_: str) -> None:
+    """Of what its own uid has, here in two processes."""
+    with tempfile.TemporaryDirectory() as folder, Peer() as broker:
+        os.chmod(folder, 0o711)
+        broker.start(serve_with_quotas, folder)
+        wait_until(lambda: _serves(f"{folder}/s"))
+
+        def borrow_one(names: list[str]) -> list[fdbroker.Loan]:
+            os.setuid(NOBODY)
+            return [fdbroker.Client(f"{folder}/s").borrow_all(names)]
+
+        try:
+            with another(lambda: borrow_one(["data"])):
+                support.in_fork(lambda: borrow_one(["data", "data"]))
+        finally:
+            broker.kill()
+
+
 @raises(errors.TooManyFiles)
 def borrow_without_room(address: str) -> None:
     client = put_data(address)
@@ -444,7 +470,7 @@ def be_of_another_version(address: str) -> None:
 
 CLASSES = sorted(by_code().values(), key=lambda kind: kind.code)
 BUILTINS = (LookupError, ValueError, TypeError, OSError, RuntimeError)
-PRIVILEGED = (errors.NotPermitted, errors.TooManyInFlight)
+PRIVILEGED = (errors.NotPermitted, errors.QuotaExceeded, errors.TooManyInFlight)
 
 
 def every_class() -> Iterator[type[FDBrokerError]]:

@@ -9,12 +9,12 @@ import os
 from fdbroker.cli import status
 from fdbroker.cli.output import printable, write
 from fdbroker.lender.names import check_name
-from fdbroker.lender.rules import LISTEN, READ, ROOT, VERBS, Rule
+from fdbroker.lender.rules import LISTEN, READ, ROOT, VERBS, Rule, Rules
 from fdbroker.openers import listens
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from fdbroker.daemon.config import Config
 
@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "Say by which rule of a configuration file a request is allowed, or that none\n"
         "allows it.  No broker is asked.  To borrow a socket that listens takes a rule with\n"
         "listeners = true.  That an entry is one is known if the file has it, with listen = ...;\n"
-        "of another one --listening says so."
+        "of another one --listening says so.  For connect the quota is said, too."
     )
     parser.epilog = f"""examples:
   fdbroker check --config fdbroker.toml --uid www-data borrow web
@@ -76,6 +76,9 @@ def _answer(config: Config, options: argparse.Namespace) -> tuple[bool, str]:
     number, note = _allowing(rules, uid, groups, verb, name), ""
     if number is None:
         return False, _none_of(rules, uid, groups)
+    if options.verb == CONNECT:
+        quota = Rules(rules, os.geteuid(), config.quota).rights(uid, groups).quota
+        note = f"; its quota: {_listed(quota._asdict().items())}"
     if options.verb == "borrow":
         listener = _allowing(rules, uid, groups, LISTEN, name)
         if said := _said_to_listen(config, name, options.listening):
@@ -124,7 +127,12 @@ def _described(rule: Rule) -> str:
     who += [f"names = {json.dumps(rule.names)}", f"verbs = {json.dumps(sorted(rule.verbs))}"]
     who += [f'mode = "{rule.mode}"'] * bool(rule.mode)
     who += ["listeners = true"] * rule.listeners
+    who += [f"quota = {{ {_listed(rule.quota)} }}"] * bool(rule.quota)
     return ", ".join(who)
+
+
+def _listed(quota: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{what} = {most}" for what, most in quota)
 
 
 def _groups_of(uid: int) -> set[int]:

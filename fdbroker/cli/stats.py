@@ -9,6 +9,8 @@ from fdbroker.cli.output import print_json, print_table, user, write
 from fdbroker.ipc.client import Client, Usage
 from fdbroker.lender.quotas import WHAT
 
+HEADER = ("USER", *map(str.upper, WHAT))
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
@@ -18,9 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "held to nothing.  It takes the right to admin."
     )
     parser.epilog = """columns:
-  SESSIONS  connections            WAITING  requests that wait for a turn or a close
-  LOANS     entries on loan        BYTES    of answers that nobody has read
-  ENTRIES   what it has put        CLOSES   descriptors that are being closed
+  SESSIONS  connections              WAITING  requests that wait for a turn or a close
+  LOANS     entries, also waited for BYTES    of answers that it has not read
+  ENTRIES   what it has put          CLOSES   descriptors that are being closed
 
 examples:
   fdbroker stats
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"broker": counts, "users": [one._asdict() for one in usage]})
         return 0
-    print_table(["USER", *map(str.upper, WHAT)], map(_row, usage))
+    print_table(HEADER, map(_row, usage))
     entries = "1 entry" if counts["entries"] == 1 else f"{counts['entries']} entries"
     write(f"{entries} in all, {counts['descriptors']} open descriptors\n")
     return 0

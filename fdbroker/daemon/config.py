@@ -381,23 +381,32 @@ def line_of(text: str, keys: Keys) -> int:
     Each line is looked at by itself, so one within a string of several lines may seem to be it.
     """
     table: Keys = ()
-    counts: dict[str, int] = {}
+    counts: dict[Keys, int] = {}  # of the tables that are given as [[...]]
     best, line = 0, 0
     for number, content in enumerate(text.split("\n"), 1):
         found = _keys_in(content)
         if content.lstrip().startswith("["):
             if not found:
                 continue
-            table = found
             if content.lstrip().startswith("[["):
-                counts[str(found)] = counts.get(str(found), -1) + 1
-                table = (*found, counts[str(found)])
-            found = table
+                counts[found] = counts.get(found, -1) + 1
+            found = table = _with_numbers(found, counts)
         else:
             found = (*table, *found) if found else ()
-        if len(found) > best and keys[: len(found)] == found:
-            best, line = len(found), number
+        common = min(len(found), len(keys))
+        if common > best and keys[:common] == found[:common]:
+            best, line = common, number
     return line
+
+
+def _with_numbers(keys: Keys, counts: dict[Keys, int]) -> Keys:
+    """A table is in the last one of those that were given so far: [rule.quota] in that [[rule]]."""
+    found: Keys = ()
+    for place, key in enumerate(keys, 1):
+        found = (*found, key)
+        if keys[:place] in counts:
+            found = (*found, counts[keys[:place]])
+    return found
 
 
 def _keys_in(line: str) -> Keys:

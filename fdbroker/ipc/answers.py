@@ -152,6 +152,7 @@ class Answers(Door):
     def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:
         connection.state, connection.unsent = UNREAD, unsent
         self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
+        self.wait_for(connection)
 
     def _send_unsent(self, connection: Connection, events: int) -> None:
         """The client has read a message, or is gone; then what it sent before is received."""
@@ -161,6 +162,7 @@ class Answers(Door):
         if not events & GONE and queued[0] >= LEAST_QUEUED:
             return
         self.rewatch(connection.number, READABLE, self._serve, connection)
+        self.has_come(connection)
         connection.state = READY
         if events & GONE:
             self._drop_unsent(connection)

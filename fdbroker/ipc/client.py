@@ -93,7 +93,9 @@ class LoanInfo(NamedTuple):
 class Usage(NamedTuple):
     """What one uid uses of the broker: what `Client.usage` lists.
 
-    Of both the keys are sessions, loans, entries, waiting, bytes, closes.
+    Of both the keys are sessions, loans (entries on loan or waited for), entries (that it has put),
+    waiting (requests), bytes (of answers that it has not read), closes (descriptors that are being
+    closed, or are not entered yet).
     """
 
     uid: int
@@ -292,7 +294,10 @@ class Client:
         return dict(pairs)
 
     def usage(self) -> list[Usage]:
-        """What each uid uses of the broker, and what it may use at most, by uid."""
+        """What each uid uses of the broker, and what it may use at most, by uid.
+
+        Who uses nothing is not in it.  It takes the right to admin: `NotPermitted`.
+        """
         from fdbroker.lender.quotas import WHAT
 
         found: list[Usage] = []

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fdbroker.ipc.unix import Inbox
     from fdbroker.lender.quotas import Quotas
 
+ROOM = MESSAGE_BYTES + 1  # one more: so what is too long is not taken for a message cut to size
+
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
 NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""), Account(-1))  # who has none yet
@@ -86,7 +88,7 @@ class Connection:
         if unix.refuse_descriptors(sock):
             # nothing but bytes can come, and to receive no more than these takes half the time
             self.brings_descriptors = False
-            self.receive = partial(sock.recv, MESSAGE_BYTES, unix.RECEIVE_NOW)
+            self.receive = partial(sock.recv, ROOM, unix.RECEIVE_NOW)
 
     def accept_descriptors(self) -> None:
         """From now on the client may send descriptors."""
@@ -97,7 +99,7 @@ class Connection:
     def _receive_with_descriptors(self) -> bytes:
         if self.account.limited:  # not once they are here: what cannot be closed stays
             self.quotas.check(self.account, "closes", 0)
-        data, self.inbox = unix.receive_now(self.sock, MESSAGE_BYTES)
+        data, self.inbox = unix.receive_now(self.sock, ROOM)
         if self.inbox is not None:
             self.quotas.add(self.account, "closes", len(self.inbox.fds))
             if self.state == READY:

@@ -4,7 +4,10 @@ It accepts while there are descriptors for more than the broker itself, and wait
 cannot: EMFILE, ENFILE, ENOBUFS and ENOMEM leave the connection queued (accept(2)), and a
 level-triggered epoll would spin on it.  Who may not come, or has enough already, is told so and
 turned away; then nobody is accepted for a moment, since such a one may come again and again.
-Who is let in and says nothing is shown out again.
+
+Who is let in and says nothing is shown out again; so is who asks on and does not read what it was
+sent: nothing is received from that one, and what it sent last may be all that keeps its own end
+open.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING
 from fdbroker.errors import FDBrokerError
 from fdbroker.ipc import unix
 from fdbroker.ipc.admission import log_refusal
-from fdbroker.ipc.connection import Connection
+from fdbroker.ipc.connection import GREETING, Connection
 from fdbroker.ipc.jobs import HangUp
 from fdbroker.ipc.limits import descriptors_in_use, limit
 from fdbroker.ipc.loop import Loop
@@ -29,12 +32,13 @@ if TYPE_CHECKING:
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
 
-RESERVE = (
-    4  # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
-)
-REST = SECOND // 100  # in which nobody is accepted, after one who was of no use
+# descriptors that are the broker's own: to accept one more, to look at /proc, to reload
+RESERVE = 4
+# in which nobody is accepted, after one who was of no use.  Short, since who comes behind a queue
+# (listen(2)) full of such waits so many times as long
+REST = SECOND // 1000
 PAUSE = SECOND  # until a listener that could not accept is tried again
-HELLO_TIME = 10 * SECOND  # in which a connection must have said hello
+HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
 
 log = logging.getLogger("fdbroker")
 
@@ -49,7 +53,7 @@ class Door(Loop):
         self._accepting = True
         self._resume_at = 0  # if it is not, and nothing becomes free before
         self._rest_until = 0
-        self._greeting: dict[Connection, int] = {}  # until when each must have said hello, in order
+        self._awaited: dict[Connection, int] = {}  # until when each must have done so, in order
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(self._number, self._accept)
 
@@ -98,8 +102,7 @@ class Door(Loop):
         except FDBrokerError as refusal:
             self._turn_away(connection, refusal)
             return
-        self._greeting[connection] = self.now + HELLO_TIME
-        self._set_alarm()
+        self.wait_for(connection)
 
     def _pause(self) -> None:
         """Who connects now is queued by the kernel."""
@@ -121,6 +124,7 @@ class Door(Loop):
         if connection.brings_descriptors:
             self.workers.submit(HangUp(connection))
         else:
+            unix.drain(connection.sock)
             connection.sock.close()
             self.hung_up(connection)
 
@@ -140,9 +144,14 @@ class Door(Loop):
                 self._pause()
             self._set_alarm()
 
-    def has_greeted(self, connection: Connection) -> None:
-        """It has said hello, or is over."""
-        if self._greeting.pop(connection, None) is not None:
+    def wait_for(self, connection: Connection) -> None:
+        """It must say hello in time, or read."""
+        self._awaited[connection] = self.now + HELLO_TIME
+        self._set_alarm()
+
+    def has_come(self, connection: Connection) -> None:
+        """It has done so, or is over."""
+        if self._awaited.pop(connection, None) is not None:
             self._set_alarm()
 
     def resume_accepting(self) -> None:
@@ -154,14 +163,15 @@ class Door(Loop):
             self.watch(self._number, self._accept)
 
     def ring(self) -> None:
-        """The pause is over, or somebody has said nothing for too long."""
+        """The pause is over, or somebody has done nothing for too long."""
         if self._resume_at and self.now >= self._resume_at:
             self.resume_accepting()
-        for connection in [one for one, until in self._greeting.items() if until <= self.now]:
-            log.warning("event=ended %s reason=it-said-no-hello", connection)
+        for connection in [one for one, until in self._awaited.items() if until <= self.now]:
+            reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"
+            log.warning("event=ended %s reason=%s", connection, reason)
             self.end(connection)
         self._set_alarm()
 
     def _set_alarm(self) -> None:
-        times = next(iter(self._greeting.values()), 0), self._resume_at
+        times = next(iter(self._awaited.values()), 0), self._resume_at
         self.alarm = min(filter(None, times), default=0)

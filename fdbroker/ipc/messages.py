@@ -233,6 +233,8 @@ def encode_error(seq: int, error: FDBrokerError) -> bytes:
 
 
 def _decode(data: bytes, side: str) -> list[Any]:
+    if len(data) > MESSAGE_BYTES:
+        raise ProtocolError(side, f"a message has at most {MESSAGE_BYTES} bytes")
     try:
         message = msgpack.unpackb(data)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:

@@ -317,7 +317,7 @@ class Server(Answers):
         if puts:
             connection.accept_descriptors()
         connection.state = READY
-        self.has_greeted(connection)
+        self.has_come(connection)
         self._by_slot[connection.session.slot] = connection
         self.custody.keep_session(connection.session.slot, connection.sock)
         self.reply(connection, encode([0, 0, VERSION]))
@@ -346,7 +346,7 @@ class Server(Answers):
         """
         if connection.state != ENDED:  # the second time its number may be another's
             connection.state = ENDED
-            self.has_greeted(connection)
+            self.has_come(connection)
             del self._connections[connection.number]
             self._hang_up(connection)
             self._drop_unsent(connection)

@@ -167,6 +167,14 @@ def end(sock: _socket.socket) -> None:
     sock.close()
 
 
+def drain(sock: _socket.socket) -> None:
+    """Take what is left in a socket that was shut down, and can have no descriptors in it: else
+    the peer would be told that its messages were lost, before it is told what we sent last."""
+    with suppress(OSError):
+        while sock.recv(1, RECEIVE_NOW):
+            pass
+
+
 def never_read(sock: _socket.socket) -> Iterator[list[int]]:
     """What is left in a socket that was shut down: message by message its descriptors, which are
     the caller's.  Else close(2) would close them, and wait where closing one takes long."""

@@ -143,6 +143,7 @@ class Books:
         """The session waits for all entries of its wish."""
         assert session.wish is not None
         self.waiting += 1
+        session.account.loans += len(session.entries)  # as it may have so many, when its turn comes
         self.quotas.add(session.account, "waiting")
         for entry in session.entries:
             if session.slot not in entry.line:
@@ -152,6 +153,7 @@ class Books:
 
     def _step_out(self, session: Session) -> None:
         self.waiting -= 1
+        session.account.loans -= len(session.entries)
         self.quotas.add(session.account, "waiting", -1)
         session.deadline = FOREVER
         for entry in session.entries:

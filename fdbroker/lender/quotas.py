@@ -1,7 +1,7 @@
 """Quotas: what each uid uses of the broker, and how much of it it may.
 
     sessions   connections, from the accept until the socket is closed
-    loans      entries on loan; a loan of several counts as many
+    loans      entries on loan, or waited for in the line; of several at once each counts
     entries    what it has put, until that is closed
     waiting    requests that wait for a turn, or for a close
     bytes      of answers that it has not read

@@ -19,7 +19,7 @@ from support import open_files, targets, wait_until
 import fdbroker
 from fdbroker.errors import BrokerGone, CloseFailed
 from fdbroker.ipc.jobs import Discard
-from fdbroker.ipc.workers import THREADS
+from fdbroker.ipc.workers import THREADS, Job, Lane
 from fdbroker.lender.quotas import Account
 
 from .planted import broker_with
@@ -227,3 +227,54 @@ def test_while_all_of_clients_hangs_the_brokers_own_goes_on(tmp_path, stuck):
         (tmp_path / "f.toml").write_text("[entry.b]\nmemfd = 1\n")
         server.signal(signal.SIGHUP)
         wait_until(lambda: [entry.name for entry in client.entries()] == ["b"], SOON)
+
+
+class OfOne(Job):
+    """A job that is for one uid."""
+
+    def __init__(self, account: Account | None) -> None:
+        self.account = account
+
+    def run(self) -> None:
+        """Nothing: the lane does not look into it."""
+
+    finish = run
+
+
+def started(lane: Lane) -> list[Account | None]:
+    """For whom the jobs are that got a thread since the last time."""
+    found = []
+    while not lane.jobs.empty():
+        job = lane.jobs.get()
+        assert job is not None
+        found.append(job.account)
+    return found
+
+
+def test_one_uid_has_at_most_half_of_the_threads_that_others_left() -> None:
+    """And one that has none gets one more, when all are busy."""
+    lane = Lane(lambda jobs: None)  # threads that end at once: what they were to do stays
+    for _ in range(THREADS):
+        lane.add_thread()
+    alice, bob, carol = (Account(uid) for uid in (1001, 1002, 1003))
+    for account in (alice, bob, carol, None):
+        for _ in range(2 * THREADS):
+            lane.put(OfOne(account))
+    assert THREADS == 4
+    assert started(lane) == [alice] * 2 + [bob, carol, None]
+    assert len(lane.threads) == 5
+    # hung for ever are those of Alice and Carol
+    served: list[Account | None] = []
+    busy: list[Account | None] = [bob, None]
+    while busy:
+        lane.finished(OfOne(busy.pop(0)))
+        new = started(lane)
+        served += new
+        busy += [account for account in new if account in (bob, None)]
+    assert served.count(bob) == 2 * THREADS - 1
+    assert served.count(None) == 2 * THREADS - 1
+    assert served.count(alice) == 0
+    assert served.count(carol) <= 1  # halves are rounded up
+    assert len(lane.threads) == 5
+    for thread in lane.threads:
+        thread.join()

@@ -166,6 +166,42 @@ def test_by_which_rule(config: Path, words: str, said: str) -> None:
     assert err == ""
 
 
+def test_the_quota_that_holds(tmp_path: Path) -> None:
+    """Of the rules that are about it, and speak of it, the most; else that for all."""
+    path = tmp_path / "f.toml"
+    path.write_text("""
+        [quota]
+        waiting = 9
+        loans = 7
+        [[rule]]
+        uid = 60001
+        verbs = ["list"]
+        quota = { sessions = 5, loans = 1 }
+        [[rule]]
+        gid = 60007
+        verbs = ["list"]
+        quota = { sessions = 6 }
+        [[rule]]
+        everyone = true
+        verbs = ["list"]
+    """)
+    rule = 'uid = 60001, names = ["*"], verbs = ["list"], quota = { sessions = 5, loans = 1 }'
+    rest = "entries = 1024, waiting = 9, bytes = 4194304, closes = 1024\n"
+    for words, said in (
+        ("--uid 60001", f"rule 1, {rule}; its quota: sessions = 5, loans = 1, {rest}"),
+        ("--uid 60001 --gid 60007", f"rule 1, {rule}; its quota: sessions = 6, loans = 1, {rest}"),
+        (
+            "--uid 60002",
+            (
+                'rule 3, everyone = true, names = ["*"], verbs = ["list"]; '
+                f"its quota: sessions = 1024, loans = 7, {rest}"
+            ),
+        ),
+        ("--uid 0", "root and the broker's own uid may do all\n"),
+    ):
+        assert run("--config", path, *words.split(), "connect") == (0, f"allowed: {said}", "")
+
+
 def test_nobody_speaks_of_it(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('[[rule]]\nuid = 1\nverbs = ["borrow"]\n')

@@ -36,6 +36,8 @@ MISUSE = [
     ("loans n\xe4me", "is no name"),
     ("loans a\x1b[31m", "'a\\x1b[31m' is no name"),
     ("loans ''", "'' is no name"),
+    ("stats web", "unrecognized arguments: web"),
+    ("stats --jso", "unrecognized arguments: --jso"),
     (f"loans {LONG}", "is no name"),
     ("put", "required: NAME"),
     ("put x", "one of the arguments --listen --open --memfd --fd is required"),

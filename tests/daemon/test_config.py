@@ -13,6 +13,7 @@ from support import open_files
 
 from fdbroker.daemon.config import Config, Resource, Settings, read
 from fdbroker.errors import ConfigError
+from fdbroker.lender.quotas import DEFAULT, WHAT, Quota
 from fdbroker.lender.rules import Rule
 
 from .kit import run
@@ -92,7 +93,42 @@ def test_everything(written):
     )
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "[server]\n", "[entry]\n"])
+def test_quotas(written):
+    path = written("""
+        [quota]
+        sessions = 100
+        loans = 0
+        bytes = 9_007_199_254_740_991
+
+        [[rule]]
+        uid = 17
+        verbs = ["borrow"]
+        quota = { closes = 7, waiting = 5 }
+
+        [[rule]]
+        everyone = true
+        verbs = ["borrow"]
+        quota.entries = 6
+
+        [[rule]]
+        gid = 18
+        verbs = ["list"]
+        [rule.quota]
+        sessions = 1
+    """)
+    config = read(path)
+    assert config.quota == DEFAULT._replace(sessions=100, loans=0, bytes=2**53 - 1)
+    assert [rule.quota for rule in config.rules] == [
+        (("waiting", 5), ("closes", 7)),
+        (("entries", 6),),
+        (("sessions", 1),),
+    ]
+    every = "\n".join(f"{what} = {number}" for number, what in enumerate(WHAT, 1))
+    assert read(written(f"[quota]\n{every}\n")).quota == Quota(1, 2, 3, 4, 5, 6)
+    assert Quota._fields == WHAT
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "[server]\n", "[entry]\n", "[quota]\n"])
 def test_nothing(written, text):
     assert read(written(text)) == Config()
 
@@ -134,6 +170,10 @@ def test_the_comments_of_the_example_are_right(written):
     config = read(written(text))
     assert None not in config.settings
     assert len(config.rules) == 4
+    assert config.quota == DEFAULT  # what is commented out says what holds without it
+    assert [dict(rule.quota) for rule in config.rules if rule.quota] == [
+        {"sessions": 64, "loans": 512}
+    ]
 
 
 # --- what is wrong ---
@@ -217,6 +257,45 @@ MISTAKES = [  # the text, the line of the mistake, and a part of what is said
     ("[[rule]]\neveryone = true\nnames = [\n  1,\n]\nverbs = ['put']\n", 3, "names is a list"),
     ("[[rule]]\neveryone = true\nverbs = ['put']\nname = ['a']\n", 4, "unknown key 'name'"),
     (f"[entry.web]\nlisten = '{'x' * 10_000}'\n", 2, "xxx..."),
+    ("\nquota = 5\n", 2, "[quota] is a table, not 5"),
+    ("[[quota]]\nloans = 5\n", 1, "[quota] is a table, not [{'loans': 5}]"),
+    (
+        "[quota]\n\nloan = 5\n",
+        3,
+        "unknown key 'loan': [quota] has sessions, loans, entries, waiting, bytes, closes",
+    ),
+    ("[quota]\nsessions = 1\nloans = -1\n", 3, "loans is a number, 0 or more, not -1"),
+    ("[quota]\nloans = true\n", 2, "loans is a number, 0 or more, not True"),
+    ("[quota]\nloans = 1.5\n", 2, "loans is a number, 0 or more, not 1.5"),
+    ("[quota]\nbytes = '4M'\n", 2, "bytes is a number, 0 or more, not '4M'"),
+    ("[quota]\nbytes = inf\n", 2, "bytes is a number, 0 or more, not inf"),
+    ("[quota]\nbytes = 9007199254740992\n", 2, "bytes is a number"),
+    ("[[rule]]\nuid = 1\nverbs = ['put']\nquota = 5\n", 4, "[[rule]] quota is a table, not 5"),
+    (
+        "[[rule]]\nuid = 1\nverbs = ['put']\nquota = { sesions = 5 }\n",
+        4,
+        "unknown key 'sesions': [[rule]] quota has sessions, loans",
+    ),
+    (
+        "[[rule]]\nuid = 1\nverbs = ['put']\n[rule.quota]\nloans = 1\nclose = 5\n",
+        6,
+        "unknown key 'close'",
+    ),
+    (
+        "[[rule]]\nuid = 1\nverbs=['put']\n[[rule]]\nuid = 2\nverbs=['put']\nquota.loans = ''\n",
+        7,
+        "loans is a number, 0 or more, not ''",
+    ),
+    (
+        2 * "[[rule]]\nuid = 1\nverbs = ['put']\n[rule.quota]\nloans = 1\n" + "loan = 1\n",
+        11,
+        "unknown key 'loan'",
+    ),
+    ("server.drain = 1\nserver.mode = 5000\n", 2, "mode like"),
+    ("\nserver.drain = 1\nserver.drein = 1\n", 3, "unknown key 'drein'"),
+    ("\nentry.web.listen = 1\nentry.web.open = ''\n", 3, "open is a path"),
+    ("\nentry.web.listen = 1\nentry.web.memfd = 1\n", 2, "takes exactly one of"),
+    ("[[rule]]\nuid = 1\nverbs = ['put']\nquotas = {}\n", 4, "listeners, quota"),
 ]
 
 

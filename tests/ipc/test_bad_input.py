@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
+import msgpack
 import pytest
 import support
 from support import BORROW, PUT, SHARED, Peer, Raw, wait_until
@@ -26,6 +27,7 @@ from fdbroker.errors import (
     NameTaken,
     NoBroker,
     NotPermitted,
+    ProtocolError,
     UnknownEntry,
     UnsupportedKind,
 )
@@ -175,6 +177,22 @@ def test_too_many_names_at_once(broker: fdbroker.Broker, data_file: IO[bytes]) -
     with pytest.raises(ValueError, match="bytes"):
         broker.borrow_all(["x" * 255] * 300)
     broker.borrow_all(["d"] * 300).close()
+
+
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_message_that_is_too_long_is_none(broker: fdbroker.Broker, puts: bool) -> None:
+    """Also if as much of it as a message may have is a good one."""
+    longest = msgpack.packb([BORROW, 1, ["x" * 20] * 3118, 0, None, "p" * 48])
+    assert len(longest) == 65_536
+    with Raw(broker.address, puts=puts) as raw:
+        raw.send_bytes(longest)
+        message, _ = raw.receive()
+        assert message is not None
+        assert message[0] == UnknownEntry.code
+    for more in (b"\0", b"\xc0" * 1000):
+        with Raw(broker.address, puts=puts) as raw:
+            raw.send_bytes(longest + more)
+            assert raw.is_refused(ProtocolError.code)[1] == "a message has at most 65536 bytes"
 
 
 def test_closed_and_negative_descriptors(broker: fdbroker.Broker, data_file: IO[bytes]) -> None:

@@ -225,7 +225,7 @@ def test_all_counts_are_zero_after_any_number_of_killed_clients(ruled: Ruled) ->
         wait_until(lambda: used(ruled, ALICE)["waiting"] == used(ruled, BOB)["waiting"] == 3)
         before = used(ruled, ALICE)
         assert before["sessions"] == 15
-        assert before["loans"] == 9
+        assert before["loans"] == 12  # 3 of them only when their turn comes
         assert before["entries"] == 3
         assert before["bytes"] > 0
         for pid in victims:

@@ -27,7 +27,7 @@ from fdbroker.ipc.pool import cut_off
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
-NOT_PERMITTED, TIMED_OUT, UNKNOWN_TICKET = 29, 25, 22
+NOT_PERMITTED, TIMED_OUT, UNKNOWN_TICKET, EXCEEDED = 29, 25, 22, 35
 EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
 NAMELESS_EPHEMERAL = 6  # flags of PUT
 MEMORY = "memfd = 4096"
@@ -363,6 +363,64 @@ def test_a_name_becomes_a_listener_by_the_file() -> None:
             assert asker.borrow("web") == refused("listen", "web")
 
 
+def test_a_lower_quota_takes_nothing_away() -> None:
+    """Who is over it gets nothing more until it is below; one that is raised holds at once."""
+    may = ["borrow", "put", "list"]
+    generous = rule(may, "quota = { sessions = 4, loans = 3, waiting = 2 }")
+    with configured(generous, web=MEMORY, tty=MEMORY) as it:
+        one, two, three, four = (it.session() for _ in range(4))
+        with one.raw, two.raw, three.raw, four.raw:
+            for session in (one, two):
+                close_all(session.ask(BORROW, "web", *SHARED)[1])
+            turn = it.client.borrow("tty", exclusive=True)
+            four.send(BORROW, "tty", *SHARED)
+            wait(lambda: it.count("waiting") == 1)
+            for _ in range(2):  # what is known is held to it as well
+                assert three.borrow(["web", "web"]) == [EXCEEDED, "loans", 3, 3]
+
+            it.reload(
+                rule(may, "quota = { sessions = 2, loans = 1, waiting = 0 }"),
+                web=MEMORY,
+                tty=MEMORY,
+            )
+            (usage,) = (usage for usage in it.client.usage() if usage.uid == ALICE)
+            now = usage.used["sessions"], usage.used["loans"], usage.used["waiting"]
+            assert now == (4, 3, 1)
+            assert [usage.limits[what] for what in ("sessions", "loans", "waiting")] == [2, 1, 0]
+            assert turned_away(it.address) == [EXCEEDED, 0, "sessions", 4, 2]
+            assert three.borrow("web") == [EXCEEDED, "loans", 3, 1]
+            turn.close()
+            message, fds = four.raw.receive()  # it has kept its place
+            assert message is not None
+            assert message[:2] == [0, 1]
+            close_all(fds)
+            four.send(RETURN)
+            two.send(RETURN)
+            wait(lambda: it.count("loans") == 1)
+            assert three.borrow("web") == [EXCEEDED, "loans", 1, 1]
+            one.send(RETURN)
+            wait(lambda: it.count("loans") == 0)
+            assert three.borrow("web") == []
+
+            it.reload(generous, web=MEMORY, tty=MEMORY)
+            for session in (one, two, three):
+                close_all(session.ask(BORROW, "web", *SHARED)[1])
+            assert four.borrow("web") == [EXCEEDED, "loans", 3, 3]
+        it.reload(rule(may, "[quota]\nsessions = 1"), web=MEMORY)  # of all uids
+        wait(lambda: ALICE not in {usage.uid for usage in it.client.usage()})
+        with it.session().raw:
+            assert turned_away(it.address) == [EXCEEDED, 0, "sessions", 1, 1]
+        it.reload(rule(may, "quota.sessions = 2"), "everyone = true\nverbs = ['list']", web=MEMORY)
+        wait(lambda: ALICE not in {usage.uid for usage in it.client.usage()})
+        with it.session().raw, it.session().raw:  # a rule that says nothing of it changes nothing
+            assert turned_away(it.address) == [EXCEEDED, 0, "sessions", 2, 2]
+
+
+def turned_away(address: str) -> list[Any]:
+    with session_as(address, ALICE, hello=False) as raw:
+        return raw.say_hello()
+
+
 # --- it has a mistake -------------------------------------------------------------------------
 
 
@@ -378,6 +436,12 @@ MISTAKES = [  # the rule, which is in line 5; the line of the mistake; what is s
         'does not go with mode = "r"',
     ),
     ("everyone = true\nverbs = ['borrow'", 7, "toml.io"),
+    (
+        "everyone = true\nverbs = ['borrow']\nquota = { loans = -1 }",
+        8,
+        "loans is a number, 0 or more",
+    ),
+    ("everyone = true\nverbs = ['borrow']\n[quota]\nloan = 1", 9, "unknown key 'loan'"),
 ]
 
 

@@ -299,7 +299,11 @@ class NaiveLender:
     def used(self, uid):
         return (
             sum(session.peer[0] == uid for session in self.sessions),
-            sum(len(loan.entries) for loan in self.loans if loan.session.peer[0] == uid),
+            sum(
+                len(loan.entries)
+                for loan in self.loans + self.waiting
+                if loan.session.peer[0] == uid
+            ),
             sum(entry.uid == uid and entry.maker != 0 for entry in self.entries),
             sum(wait.session.peer[0] == uid for wait in self.waiting + self.watches),
         )

@@ -194,6 +194,38 @@ def test_loans_are_held_to_it_at_the_borrow_and_in_the_line(rig: Rig) -> None:
     rig.check()
 
 
+def test_who_waits_for_several_has_them_on_its_account_already(rig: Rig) -> None:
+    """They take room in the ledger, and are granted without a further look."""
+    rig.lender.quotas.capacity["loans"] = 100
+    for name in "abc":
+        rig.put(name)
+    one, two, three, holder = (*rig.clients(3), rig.client(uid=2000))
+    account = one.account
+    account.hold_to(PLENTY._replace(loans=3))
+    rig.borrow(holder, "a", exclusive=True)
+    assert not rig.borrow(one, "a", "b")
+    for names in ("ac", "bc"):
+        with pytest.raises(QuotaExceeded) as caught:
+            rig.borrow(two, *names)
+        assert caught.value.data == ("loans", 2, 3)
+    assert not rig.borrow(two, "a")
+    assert account.loans == 3
+    with pytest.raises(QuotaExceeded):
+        rig.borrow(three, "b")
+    rig.check()
+    assert rig.reload().quotas.account(account.uid).loans == 3
+    rig.end(two)
+    assert account.loans == 2
+    rig.give_back(holder)
+    assert account.loans == 2
+    assert account.waiting == 0
+    rig.decided()
+    for who in (one, three, holder):
+        rig.end(who)
+    assert account.loans == 0
+    assert rig.lender.quotas.accounts == {}
+
+
 def test_waits_of_both_kinds_are_held_to_it(rig: Rig) -> None:
     rig.lender.quotas.capacity["loans"] = 100
     entry = rig.put("a")

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from .target import Target
+
+LONG = 6  # times as much in the long tier
+
+
+@pytest.fixture(scope="session")
+def shared_target() -> Iterator[Target]:
+    """One broker for all that need no other."""
+    if os.geteuid() != 0:
+        pytest.skip("attackers and the good client have other uids: run as root")
+    with Target() as target:
+        yield target
+
+
+@pytest.fixture(params=[1, pytest.param(LONG, marks=pytest.mark.long)], ids=["fast", "long"])
+def target(shared_target: Target, request: pytest.FixtureRequest) -> Iterator[Target]:
+    """A broker that is attacked, while a good client is served: see target.py."""
+    shared_target.volume = request.param
+    with shared_target.unharmed():
+        yield shared_target

@@ -1,0 +1,130 @@
+"""Closes that take for ever: the good client does not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import encodings.idna  # noqa: F401 - another uid may not read it
+import socket
+import struct
+from contextlib import ExitStack
+
+import pytest
+from support import PUT, STATS, Raw, wait_until
+
+from .fuse import FLUSH, GETATTR, Hanging, mounted
+from .target import ALICE, ANSWERS, Target, become, meanwhile
+
+EPHEMERAL = 2
+MANY = 12  # more than the broker has threads for it
+
+
+def full_socket() -> tuple[socket.socket, socket.socket]:
+    """One whose close waits half a minute for its peer, who does not read; and that peer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+    return sock, peer
+
+
+def test_lingering_sockets(target: Target) -> None:
+    """Put and dropped, unasked, and behind what is refused: each time the broker has the last."""
+
+    def strike(address: str) -> None:
+        with ExitStack() as stack:
+            for verb, name in ((PUT, "alice/slow"), (PUT, "not/mine"), (PUT, "!"), (STATS, "")):
+                sock, peer = full_socket()
+                stack.enter_context(peer)
+                with Raw(address) as raw:
+                    fields = [name, EPHEMERAL] if verb == PUT else []
+                    raw.send(verb, 1, *fields, fds=[sock.fileno()])
+                    raw.receive()
+                    sock.close()  # not the last: it does not wait
+
+    target.attack(strike, rounds=5)
+
+
+@pytest.fixture
+def hanging(target: Target):
+    path = target.folder / "hanging"
+    try:
+        with mounted(path) as found:
+            yield found
+    except OSError as error:
+        pytest.skip(f"no FUSE can be mounted here: {error}")
+
+
+def test_a_file_system_that_hangs_in_flush(target: Target, hanging: Hanging) -> None:
+    """close(2) of its files waits for ever; so do those of one uid, and of nobody else."""
+
+    def put(test: socket.socket) -> None:
+        become(ALICE)
+        with open(hanging.file) as file, Raw(target.address) as raw:
+            for seq in range(1, MANY + 1):
+                raw.send(PUT, seq, f"alice/{seq}", EPHEMERAL, fds=[file.fileno()])
+                message, _ = raw.receive()
+                assert message is not None
+                assert message[:2] == [0, seq]
+            test.send(b"put")
+            test.recv(1)
+            raw.sock.shutdown(socket.SHUT_RDWR)
+            test.send(b"gone")
+            test.recv(1)
+
+    with meanwhile(put) as attacker:
+        assert attacker.recv(100) == b"put"
+        hanging.hang(FLUSH)
+        try:
+            attacker.send(b"x")
+            assert attacker.recv(100) == b"gone"
+            wait_until(lambda: hanging.hang(FLUSH) >= 1)
+            be_served(target)
+            assert target.counts()["jobs"] >= MANY
+            (usage,) = (one for one in target.client.usage() if one.uid == ALICE)
+            assert usage.used["closes"] == MANY
+        finally:
+            hanging.let_go()
+    wait_until(lambda: not uses(target, ALICE))
+
+
+def test_a_file_system_that_hangs_while_it_is_looked_at(target: Target, hanging: Hanging) -> None:
+    """fstat(2) of its files waits for ever; others put theirs meanwhile."""
+
+    def put(test: socket.socket) -> None:
+        become(ALICE)
+        with open(hanging.file) as file, ExitStack() as stack:
+            test.send(b"opened")
+            test.recv(1)
+            for number in range(MANY):
+                raw = stack.enter_context(Raw(target.address))
+                raw.send(PUT, 1, f"alice/{number}", EPHEMERAL, fds=[file.fileno()])
+            test.send(b"put")
+            test.recv(1)
+
+    with meanwhile(put) as attacker:
+        assert attacker.recv(100) == b"opened"
+        hanging.hang(GETATTR)
+        try:
+            attacker.send(b"x")
+            assert attacker.recv(100) == b"put"
+            wait_until(lambda: hanging.hang(GETATTR) >= 1)
+            be_served(target)
+            assert target.counts()["jobs"] >= MANY
+        finally:
+            hanging.let_go()
+    wait_until(lambda: not uses(target, ALICE))
+
+
+def uses(target: Target, uid: int) -> bool:
+    """Whether it has anything on account: while the file system is there it must not have."""
+    return uid in [usage.uid for usage in target.client.usage()]
+
+
+def be_served(target: Target) -> None:
+    """The good client is, for a while."""
+    enough = target.good.answers + 4 * ANSWERS
+    wait_until(lambda: target.good.answers >= enough)
