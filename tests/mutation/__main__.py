@@ -113,7 +113,9 @@ def copied(folder: Path) -> Path:
 
 def choose(folder: Path, options: argparse.Namespace) -> Found:
     """One run of all tests, as the code is: they must pass, and tell their lines."""
-    package, tests = digest([ROOT / "fdbroker"]), digest(ROOT / path for path in options.tests)
+    shared = (ROOT / "tests").glob("*.py")
+    package = digest([ROOT / "fdbroker"])
+    tests = digest([*(ROOT / path for path in options.tests), *shared])
     file = KEPT / "lines.json"
     fingerprint = [package, tests, options.tests, options.path]
     if file.exists():
