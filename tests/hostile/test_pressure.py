@@ -309,8 +309,8 @@ def test_who_says_nothing(patience: float, silent: int) -> None:
 
         with meanwhile(sit):
             pass
-        assert target.told("it-said-no-hello") == silent
-        assert target.told("it-does-not-read") == 1
+        wait_until(lambda: target.told("it-said-no-hello") == silent)
+        wait_until(lambda: target.told("it-does-not-read") == 1)
 
 
 def test_who_is_stopped(target: Target) -> None:

@@ -157,7 +157,7 @@ def test_spam(target: Target) -> None:
             raw.sock.close()
             assert pipe.is_nobodys()
 
-    target.attack(strike, rounds=4)
+    target.attack(strike, rounds=2)
 
 
 # --- sockets that can carry descriptors themselves ----------------------------------------------
@@ -203,7 +203,7 @@ def test_its_own_connection_sent_back(target: Target) -> None:
                     if verb == STATS:
                         break
 
-    target.attack(strike)
+    target.attack(strike, rounds=10)
 
 
 @pytest.mark.usefixtures("shared_target")  # which skips
