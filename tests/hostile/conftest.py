@@ -7,7 +7,7 @@ import pytest
 
 from .target import Target
 
-LONG = 6  # times as much in the long tier
+LONG = 5  # times as much in the long tier
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def test_no_file_left_in_the_system(own: Target) -> None:
     assert own.told("event=accept-paused error='Too many open files in system'") == 1
 
 
-@pytest.mark.parametrize("seconds", [1, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_sixty_clients_and_few_descriptors(seconds: int) -> None:
     """They come again and again, for a broker that has room for a third of them at most."""
     with Target(limit=40) as target:
