@@ -350,6 +350,25 @@ def test_waits_that_are_over_do_not_pile_up(lot: Rig):
     assert len(lot.lender.deadlines) < 10
 
 
+def test_waits_that_are_over_do_not_pile_up_where_many_have_gone():
+    rig = Rig((64, 6, 3))
+    rig.put("a")
+    holder, first, restless, *others = rig.clients(50)
+    rig.borrow(holder, "a", exclusive=True)
+    rig.borrow(first, "a", timeout=SECOND)  # what comes after its deadline is not looked at yet
+    for who in others:
+        rig.borrow(who, "a", timeout=3600 * SECOND)
+    for who in others:
+        rig.end(who)
+    for _ in range(100):
+        rig.borrow(restless, "a", timeout=3600 * SECOND)
+        rig.cancel(restless)
+    rig.decided()
+    assert len(rig.lender.deadlines) < 10
+    rig.check()
+    rig.descriptors.abandon(rig.lender)
+
+
 def test_deadlines_stay_in_order_when_those_of_waits_that_are_over_go():
     """As a heap they are in an order that one taken out of its middle can break."""
     rig = Rig((10, 6, 3))

@@ -109,6 +109,51 @@ def test_who_may_do_all_is_counted_and_not_held() -> None:
         made.check(limited(made, ALICE), "sessions")
 
 
+def test_who_may_do_all_can_take_the_last_descriptor() -> None:
+    for what in ("sessions", "closes"):
+        made = quotas(descriptors=10)
+        root = made.account(0)
+        made.add(root, what, 9)
+        made.check(root, what)
+        made.add(root, what)
+        with pytest.raises(TooManyFiles):
+            made.check(root, what)
+
+
+def test_each_may_have_half_of_the_descriptors_in_either_way() -> None:
+    for what in ("sessions", "closes"):
+        made = quotas(descriptors=10)
+        assert take_all(made, limited(made, ALICE), what) == 5
+
+
+def test_what_everyone_may_have_if_nobody_says_otherwise() -> None:
+    mib = 2**20
+    assert (*DEFAULT, BYTES) == (1024, 4096, 1024, 1024, 4 * mib, 1024, 64 * mib)
+
+
+def test_the_tables_of_the_ledger_are_what_is_shared_out() -> None:
+    made = Quotas(20, 40, 60)
+    alice = limited(made, ALICE)
+    limits = {what: made.limit(alice, what) for what in ("sessions", "loans", "entries", "waiting")}
+    assert limits == {"sessions": 10, "loans": 30, "entries": 20, "waiting": 10}
+
+
+def test_an_account_says_what_is_used() -> None:
+    made = quotas()
+    made.add(made.account(ALICE), "closes", 3)
+    assert repr(made.account(ALICE)) == (
+        "<Account of uid 1001: sessions=0 loans=0 entries=0 waiting=0 bytes=0 closes=3>"
+    )
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_an_account_lasts_whatever_it_is_that_is_used(what: str) -> None:
+    account = quotas().account(ALICE)
+    assert account.idle
+    setattr(account, what, 1)
+    assert not account.idle
+
+
 def test_bytes_have_a_supply_too() -> None:
     made = quotas()
     made.add(limited(made, ALICE), "bytes", BYTES // 4)

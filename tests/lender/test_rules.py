@@ -135,6 +135,14 @@ def test_a_rule_for_reading_allows_to_borrow_no_more_than_that() -> None:
     }
 
 
+def test_a_rule_by_itself_tells_what_it_allows() -> None:
+    """To those of whom it speaks: it is asked after that."""
+    rule = Rule(BORROW, ("log*",), uid=BOB, mode="r")
+    assert rule.allows(READ, "log1")
+    assert not rule.allows("borrow", "log1")
+    assert not rule.allows(READ, "web")
+
+
 def test_a_rule_without_verbs_or_names_only_admits() -> None:
     for rule in (Rule(frozenset(), uid=ALICE), Rule(BORROW, (), uid=ALICE)):
         found = rights(rule)
