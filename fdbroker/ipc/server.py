@@ -109,14 +109,16 @@ class Server(Answers):
         self._admission = Admission(rules, quota)
         for account in self.lender.quotas.accounts.values():
             account.forget_quota()
+            self._admission.hold(account)
         for connection in self._connections.values():
             self._admission.look_at(connection)
 
     def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
         """One request of each uid that is held to a quota, and all of the others.
 
-        So who keeps many sessions busy is ahead of nobody by more than one.  First come those of
-        whom nothing was taken up the last time, last who wants to come in.
+        So who keeps many sessions busy is ahead of nobody by more than one of each batch (`EVENTS`)
+        that epoll hands out.  First come those of whom nothing was taken up the last time, last who
+        wants to come in.
         """
         now: list[tuple[int, int]] = []
         later: list[tuple[int, int]] = []
@@ -203,6 +205,8 @@ class Server(Answers):
                     data = receive()
                 except BlockingIOError:
                     return
+                except FDBrokerError:  # its uid's descriptors wait to be closed; also an OSError
+                    raise
                 except OSError:  # ECONNRESET: it died with our messages unread
                     self.end(connection)
                     return
