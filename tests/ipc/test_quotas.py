@@ -28,6 +28,8 @@ from support import BORROW, ENTRIES, LOANS, PUT, RETIRE, SHARED, Raw, wait_until
 import fdbroker
 from fdbroker.errors import QuotaExceeded
 from fdbroker.ipc.door import OFFENCES
+from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.server import Server
 from fdbroker.lender.quotas import DEFAULT, WHAT
 from fdbroker.lender.rules import VERBS
 
@@ -423,3 +425,36 @@ def test_what_others_take_ends_nobodys_session(ruled: Ruled) -> None:
     for sock in (*alice, *(raw.sock for raw in bob)):
         sock.close()
     wait_until(lambda: is_free(ruled, ALICE, BOB))
+
+
+def lasting() -> None:
+    """In the broker: its listener stays when it ends, and SIGUSR1 has it drain."""
+
+    def drain(server: Server, *_: object) -> None:
+        reader, writer = os.pipe()
+        server.watch(reader, lambda about, events: (server.unwatch(reader), server.drain(30)))
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(writer, b"x"))
+        run(server)
+
+    run, Server.run = Server.run, drain  # type: ignore[method-assign]
+    Listener.lasting = property(lambda self: True, lambda self, value: None)  # type: ignore
+
+
+def test_a_drain_that_leaves_newcomers_to_the_next_broker_stays_shut() -> None:
+    with Ruled(plant=lasting) as ruled:
+        ruled.put("a")
+        ruled.set_rules(all_allowed())
+        crowd = [session_as(ruled.address, ALICE) for _ in range(OFFENCES + 1)]
+        os.close(crowd[0].borrow(1, "a"))
+        ruled.client.entries()  # with a session that it will ask again
+        os.kill(ruled.pid, signal.SIGUSR1)
+        wait_until(lambda: [entry.retired for entry in ruled.client.entries()] == [True])
+        for raw in crowd[1:]:
+            raw.send_bytes(b"junk")
+            raw.is_refused(60)
+            raw.sock.close()
+        with connected_as(ruled.address, ALICE) as newcomer:
+            newcomer.send(b"\x94\0\0\1\xc2")
+            assert not select.select([newcomer], [], [], 0.3)[0]  # it is queued
+        crowd[0].sock.close()
+        wait_until(lambda: not os.path.exists(f"/proc/{ruled.pid}/fd/0"))  # it has drained
