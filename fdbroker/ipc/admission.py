@@ -25,7 +25,7 @@ from fdbroker.errors import FDBrokerError, NotPermitted
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import KNOWN, VERBS
 from fdbroker.lender.names import check_name
-from fdbroker.lender.quotas import DEFAULT, NOTHING, Quota
+from fdbroker.lender.quotas import DEFAULT, Quota
 from fdbroker.lender.rules import LISTEN, READ, ROOT, Rights, Rule, Rules
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class Admission:
     def hold(self, account: Account) -> None:
         """Hold an account to what its uid may have, whoever it is in which groups."""
         rights = self.rules.rights(account.uid)
-        if not rights.unlimited:
-            account.hold_to(rights.quota if rights.admitted else NOTHING)
+        if rights.admitted and not rights.unlimited:
+            account.hold_to(rights.quota)
 
     def forget(self) -> None:
         """Look at everything anew, whoever says it, as far as he may not do everything."""

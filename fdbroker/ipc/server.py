@@ -107,11 +107,15 @@ class Server(Answers):
         granted before stays granted: loans, and waits.
         """
         self._admission = Admission(rules, quota)
+        before = {one: one.quota for one in self.lender.quotas.accounts.values() if one.limited}
         for account in self.lender.quotas.accounts.values():
             account.forget_quota()
             self._admission.hold(account)
         for connection in self._connections.values():
             self._admission.look_at(connection)
+        for account, quota in before.items():
+            if not account.limited:  # nobody of it is admitted any more: what is granted stays
+                account.hold_to(quota)
 
     def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
         """One request of each uid that is held to a quota, and all of the others.

@@ -44,7 +44,6 @@ class Quota(NamedTuple):
 
 
 DEFAULT = Quota()
-NOTHING = Quota(*[0] * len(WHAT))
 UNLIMITED = Quota(*[NO_LIMIT] * len(WHAT))
 
 

@@ -11,7 +11,7 @@ from .target import Target
 LONG = 5  # times as much in the long tier
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_target() -> Iterator[Target]:
     """One broker for all that need no other."""
     if os.geteuid() != 0:
