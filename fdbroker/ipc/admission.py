@@ -31,6 +31,7 @@ from fdbroker.lender.rules import LISTEN, READ, ROOT, Rights, Rule, Rules
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
     from fdbroker.lender.parts import Entry
+    from fdbroker.lender.quotas import Account
 
 log = logging.getLogger("fdbroker")
 
@@ -51,9 +52,15 @@ class Admission:
         if self.rules.gids and peer.uid != ROOT:
             groups = {peer.gid, *unix.groups(connection.sock)}
         rights = connection.rights = self.rules.rights(peer.uid, groups)
-        if not rights.unlimited:
+        if rights.admitted and not rights.unlimited:
             connection.account.hold_to(rights.quota)
         connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
+
+    def hold(self, account: Account) -> None:
+        """Hold an account to what its uid may have, whoever it is in which groups."""
+        rights = self.rules.rights(account.uid)
+        if rights.admitted and not rights.unlimited:
+            account.hold_to(rights.quota)
 
     def forget(self) -> None:
         """Look at everything anew, whoever says it, as far as he may not do everything."""

@@ -3,7 +3,7 @@
 It accepts while there are descriptors for more than the broker itself, and waits a moment where it
 cannot: EMFILE, ENFILE, ENOBUFS and ENOMEM leave the connection queued (accept(2)), and a
 level-triggered epoll would spin on it.  Who may not come, or has enough already, is told so and
-turned away; then nobody is accepted for a moment, since such a one may come again and again.
+turned away; after some of these nobody is accepted for a moment, since they may come again.
 
 Who is let in and says nothing is shown out again; so is who asks on and does not read what it was
 sent: nothing is received from that one, and what it sent last may be all that keeps its own end
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 RESERVE = 4
-# in which nobody is accepted, after one who was of no use.  Short, since who comes behind a queue
-# (listen(2)) full of such waits so many times as long
-REST = SECOND // 1000
+OFFENCES = 8  # by those who may not do all, after which nobody is accepted for the time of a REST,
+REST = SECOND // 1000  # which is short: who comes behind a queue full of such waits for all of them
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
 
@@ -50,9 +49,11 @@ class Door(Loop):
         super().__init__(lender)
         self.listener = listener
         self._number = listener.sock.fileno()
-        self._accepting = True
-        self._resume_at = 0  # if it is not, and nothing becomes free before
+        self._shut = False  # for good
+        self._told = False  # that it cannot accept, and since then it could not
+        self._resume_at = 0  # if it pauses, and nothing becomes free before
         self._rest_until = 0
+        self._offences = 0  # since the last rest
         self._awaited: dict[Connection, int] = {}  # until when each must have done so, in order
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(self._number, self._accept)
@@ -75,25 +76,20 @@ class Door(Loop):
     def drain(self, seconds: float | None) -> None:
         """As `Loop.drain`.  Who connects from now on waits for the next broker, if there is one."""
         if self.listener.lasting:
-            self.unwatch(self._number)
-            self._accepting = True  # so it is not resumed
+            self._shut = True
+            self._pause()
         super().drain(seconds)
 
     def _accept(self, about: None, events: int) -> None:
         if self.lender.quotas.free_descriptors <= 0:
-            log.warning("event=accept-paused error='every descriptor is in use'")
-            self._pause()
+            self._cannot_accept("every descriptor is in use")
             return
         try:
             sock = self.listener.accept()
         except OSError as error:
-            if self._accepting:
-                log.warning("event=accept-paused error=%r", error.strerror)
-            self._pause()
-            self._resume_at = self.now + PAUSE  # it may be somebody else's shortage, and end unseen
-            self._set_alarm()
+            self._cannot_accept(error.strerror)
+            self._resume_after(PAUSE)  # it may be somebody else's shortage, and end unseen
             return
-        self._accepting = True
         if sock is None:
             return
         connection = Connection(sock, Peer(*unix.credentials(sock)), self.lender.quotas)
@@ -102,12 +98,29 @@ class Door(Loop):
         except FDBrokerError as refusal:
             self._turn_away(connection, refusal)
             return
+        except OSError as error:  # max_user_watches (epoll(7)), which others can use up
+            sock.close()
+            self.lender.quotas.drop_idle(connection.account)
+            self._cannot_accept(error.strerror)
+            self._resume_after(PAUSE)
+            return
+        self._told = False
         self.wait_for(connection)
+
+    def _cannot_accept(self, why: str | None) -> None:
+        if not self._told:
+            log.warning("event=accept-paused error=%r", why)
+        self._told = True
+        self._pause()
 
     def _pause(self) -> None:
         """Who connects now is queued by the kernel."""
-        self._accepting = False
+        self._resume_at = 0
         self.unwatch(self._number)
+
+    def _resume_after(self, nanoseconds: int) -> None:
+        self._resume_at = self.now + nanoseconds
+        self._set_alarm()
 
     def _turn_away(self, connection: Connection, refusal: FDBrokerError) -> None:
         """Tell it why, as the answer to its hello, and hang up."""
@@ -138,11 +151,12 @@ class Door(Loop):
 
         Who waits meanwhile is queued by the kernel; who is in, is served.
         """
-        if connection.account.limited:
-            self._rest_until = self._resume_at = self.now + REST
-            if self._accepting:
-                self._pause()
-            self._set_alarm()
+        self._offences += not connection.rights.unlimited
+        if self._offences >= OFFENCES and not self._shut:
+            self._offences = 0
+            self._pause()
+            self._rest_until = self.now + REST
+            self._resume_after(REST)
 
     def wait_for(self, connection: Connection) -> None:
         """It must say hello in time, or read."""
@@ -156,15 +170,16 @@ class Door(Loop):
 
     def resume_accepting(self) -> None:
         """A descriptor has become free, or the pause is over."""
-        if self._accepting or self._number in self._watched or self.now < self._rest_until:
+        if self._shut or self._number in self._watched or self.now < self._rest_until:
             return
-        self._resume_at = 0
         if self.lender.quotas.free_descriptors > 0:
+            self._resume_at = 0
             self.watch(self._number, self._accept)
 
     def ring(self) -> None:
         """The pause is over, or somebody has done nothing for too long."""
         if self._resume_at and self.now >= self._resume_at:
+            self._resume_at = 0
             self.resume_accepting()
         for connection in [one for one, until in self._awaited.items() if until <= self.now]:
             reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"

@@ -252,6 +252,7 @@ class Reopen(Request):
         # charged were all of them
         server.lender.quotas.add(self.account, "closes", len(self.fresh) - len(self.sysfds))
         super().finish(server)
+        server.resume_accepting()
 
     def give_away(self) -> list[int]:
         fresh, self.fresh = self.fresh, []

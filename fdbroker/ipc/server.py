@@ -107,16 +107,22 @@ class Server(Answers):
         granted before stays granted: loans, and waits.
         """
         self._admission = Admission(rules, quota)
+        before = {one: one.quota for one in self.lender.quotas.accounts.values() if one.limited}
         for account in self.lender.quotas.accounts.values():
             account.forget_quota()
+            self._admission.hold(account)
         for connection in self._connections.values():
             self._admission.look_at(connection)
+        for account, quota in before.items():
+            if not account.limited:  # nobody of it is admitted any more: what is granted stays
+                account.hold_to(quota)
 
     def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
         """One request of each uid that is held to a quota, and all of the others.
 
-        So who keeps many sessions busy is ahead of nobody by more than one.  First come those of
-        whom nothing was taken up the last time, last who wants to come in.
+        So who keeps many sessions busy is ahead of nobody by more than one of each batch (`EVENTS`)
+        that epoll hands out.  First come those of whom nothing was taken up the last time, last who
+        wants to come in.
         """
         now: list[tuple[int, int]] = []
         later: list[tuple[int, int]] = []
@@ -203,6 +209,8 @@ class Server(Answers):
                     data = receive()
                 except BlockingIOError:
                     return
+                except FDBrokerError:  # its uid's descriptors wait to be closed; also an OSError
+                    raise
                 except OSError:  # ECONNRESET: it died with our messages unread
                     self.end(connection)
                     return

@@ -165,6 +165,7 @@ class Books:
         self._commit(session, IDLE)
         self._step_out(session)
         self._cells.give_many(session.cells)
+        self.quotas.add(session.account, "members", -len(session.cells))
         wish, entries = session.wish, session.entries
         assert wish is not None
         session.wish, session.entries, session.cells = None, (), ()

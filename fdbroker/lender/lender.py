@@ -147,9 +147,11 @@ class Lender(Books):
         """Write what most loans have not; `BrokerFull`, `QuotaExceeded`: nothing was noted."""
         if len(entries) > 1:
             self.quotas.check(session.account, "loans", len(entries))
+            self.quotas.check_members(session.account, len(entries) - 1)
             session.cells = self._cells.take_many(len(entries) - 1)
             self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
             session.record[CELL] = session.cells[0]
+            self.quotas.add(session.account, "members", len(session.cells))
         if wish.purpose_bytes:
             self.ledger.write_purpose(session.slot, wish.purpose_bytes)
 
@@ -170,6 +172,7 @@ class Lender(Books):
                 others_concerned = True
         if session.cells:
             self._cells.give_many(session.cells)
+            self.quotas.add(session.account, "members", -len(session.cells))
             session.cells = ()
         if others_concerned:
             self._end_concerns(wish, entries, now)

@@ -50,11 +50,12 @@ UNLIMITED = Quota(*[NO_LIMIT] * len(WHAT))
 class Account:
     """What one uid uses.  `limited`: whether it is held to its quota."""
 
-    __slots__ = ("limited", "most_loans", "quota", "uid", *WHAT)
+    __slots__ = ("limited", "members", "most_loans", "quota", "uid", *WHAT)
 
     def __init__(self, uid: int) -> None:
         self.uid = uid
         self.forget_quota()
+        self.members = 0  # of loans of several, beyond the first of each
         self.sessions = self.loans = self.entries = self.waiting = self.bytes = self.closes = 0
 
     def forget_quota(self) -> None:
@@ -92,9 +93,9 @@ class Quotas:
     def __init__(self, sessions: int, entries: int, members: int) -> None:
         self.accounts: dict[int, Account] = {}
         self.total = Account(-1)  # but for loans, which are counted at each borrow
+        self._members = members
         self.capacity = {  # all uids together
             "sessions": sessions,
-            "loans": members,
             "entries": entries,
             "waiting": sessions,
             "bytes": BYTES,
@@ -121,18 +122,20 @@ class Quotas:
             return most
         used: int = getattr(account, what)
         if what in self.capacity:
-            free = self.capacity[what] - self._total(what)
+            free = self.capacity[what] - getattr(self.total, what)
             most = min(most, half(used, free))
-        if what in DESCRIPTORS:
+        if what == "closes":  # by itself: what others take, must not end who has nothing in hand
+            most = min(most, half(used, self.free_descriptors))
+        elif what in DESCRIPTORS:
             room = half(account.descriptors, self.free_descriptors) - account.descriptors
             most = min(most, used + room + (1 - DESCRIPTORS[what]))
         return max(0, most)
 
-    def _total(self, what: str) -> int:
-        if what == "loans":
-            return sum(account.loans for account in self.accounts.values())
-        total: int = getattr(self.total, what)
-        return total
+    def check_members(self, account: Account, count: int) -> None:
+        """Raise `QuotaExceeded` if a loan of several may not have `count` beside the first."""
+        room = half(account.members, self._members - self.total.members) - account.members
+        if account.limited and count > room:
+            raise QuotaExceeded("loans", account.loans, account.loans + 1 + room)
 
     def check(self, account: Account, what: str, count: int = 1) -> None:
         """Raise `QuotaExceeded` if it may not have `count` more, `TooManyFiles` if nobody may."""

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ class Target:
         self,
         strike: Callable[[str], object],
         *,
-        rounds: int = 40,
+        rounds: int = 25,
         processes: int = 2,
         uid: int = ALICE,
         why: str = "",
@@ -217,10 +218,10 @@ class Target:
         why: what the log says, `lines` times for each strike.
         """
         told = self.told(why)
-        done = self._strike(strike, uid, 5, 1)
+        done = self._strike(strike, uid, min(rounds, 4), 1, 0)
         self.settle()
         memory = self.memory()
-        done += self._strike(strike, uid, rounds * self.volume, processes)
+        done += self._strike(strike, uid, rounds * self.volume, processes, ANSWERS)
         self.settle()
         assert self.memory() - memory < GROWTH
         if why:
@@ -232,15 +233,20 @@ class Target:
         wait_until(lambda: self.counts()["connections"] <= 1 + Good.SESSIONS)
 
     def _strike(
-        self, strike: Callable[[str], object], uid: int, rounds: int, processes: int
+        self, strike: Callable[[str], object], uid: int, rounds: int, processes: int, answers: int
     ) -> int:
-        enough = self.good.answers + ANSWERS
+        enough = self.good.answers + answers
 
         def run() -> int:
             become(uid)
-            done, deadline = 0, time.monotonic() + PATIENCE
+            done, deadline = 0, time.monotonic() + 4 * PATIENCE  # for all of them
             while done < rounds or self.good.answers < enough:
-                strike(self.address)
+                try:
+                    strike(self.address)
+                except BaseException as error:  # which is told to another process, without those
+                    error.add_note(traceback.format_exc())
+                    error.add_note("\n".join(self.log()[-9:]))
+                    raise
                 done += 1
                 assert time.monotonic() < deadline, f"{done} strikes, {self.good.answers} answers"
             return done

@@ -83,6 +83,11 @@ class Ruled:
         self._control.send(pickle.dumps(number))
         assert self._hear() == number
 
+    def limit_closes(self, uid: int, by: int = 1) -> None:
+        """As if what it may have of them were stuck, or no longer."""
+        self._control.send(pickle.dumps({uid: by}))
+        assert self._hear() == {uid: by}
+
     def put(self, *names: str) -> None:
         """Entries of those names."""
         for name in names:
@@ -147,6 +152,12 @@ def serve(address: str, control: socket.socket) -> None:
         rules = pickle.loads(data)
         if isinstance(rules, int):
             lender.quotas.descriptors = rules
+            control.send(data)
+            return
+        if isinstance(rules, dict):
+            for uid, by in rules.items():
+                account = lender.quotas.account(uid)
+                lender.quotas.add(account, "closes", by * 1025)
             control.send(data)
             return
         server.set_rules(rules)

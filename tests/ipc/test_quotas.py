@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from ruled import (
     ALICE,
     BOB,
+    STAFF,
     Ruled,
     ask_as,
     become,
@@ -25,6 +27,9 @@ from support import BORROW, ENTRIES, LOANS, PUT, RETIRE, SHARED, Raw, wait_until
 
 import fdbroker
 from fdbroker.errors import QuotaExceeded
+from fdbroker.ipc.door import OFFENCES
+from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.server import Server
 from fdbroker.lender.quotas import DEFAULT, WHAT
 from fdbroker.lender.rules import VERBS
 
@@ -319,3 +324,137 @@ def test_usage_says_what_each_may_have(ruled: Ruled) -> None:
         assert usage[ALICE].limits["loans"] == 7
         limits = usage[ALICE].limits.items()
         assert all(0 < limit <= getattr(DEFAULT, what) for what, limit in limits if limit)
+
+
+# --- what does not depend on the others, and what follows from offences ------------------------
+
+
+def test_a_refused_connect_raises_no_quota(ruled: Ruled) -> None:
+    """Only in the group it is admitted, and held to what the rule of the group says."""
+    group = rule(*VERBS, gid=STAFF)._replace(quota=(("sessions", 2),))
+    ruled.set_rules(group)
+    crowd = [session_as(ruled.address, ALICE, STAFF) for _ in range(2)]
+    with session_as(ruled.address, ALICE, hello=False) as raw:
+        assert raw.say_hello()[0] == 29
+    with session_as(ruled.address, ALICE, STAFF, hello=False) as raw:
+        assert raw.say_hello() == [EXCEEDED, 0, "sessions", 2, 2]
+    for raw in crowd:
+        raw.sock.close()
+    wait_until(lambda: is_free(ruled, ALICE))
+
+
+def test_who_has_only_entries_is_held_to_the_new_rules_too(ruled: Ruled) -> None:
+    ruled.set_rules(all_allowed())
+    with session_as(ruled.address, ALICE, puts=True) as raw, memory() as number:
+        raw.send(PUT, 1, "a", 0, fds=[number])
+        raw.receive()
+    wait_until(lambda: used(ruled, ALICE)["sessions"] == 0)
+    ruled.set_rules(all_allowed(entries=7))
+    assert {one.uid: one.limits["entries"] for one in ruled.client.usage()}[ALICE] == 7
+    ruled.set_rules()  # it is not admitted any more, and what it has stays as it was
+    assert {one.uid: one.limits["entries"] for one in ruled.client.usage()}[ALICE] == 7
+    ruled.client.retire("a", wait=True)
+    assert is_free(ruled, ALICE)
+
+
+def test_offences_leave_the_broker_idle_and_open(ruled: Ruled) -> None:
+    """After each number of them: it neither spins nor stays shut."""
+    ruled.set_rules(all_allowed(), all_allowed(BOB))
+    for number in (1, 2, 3, OFFENCES, OFFENCES + 1, 3 * OFFENCES):
+        crowd = [session_as(ruled.address, ALICE) for _ in range(number)]
+        for raw in crowd:
+            raw.send_bytes(b"junk")
+            raw.is_refused(60)
+            raw.sock.close()
+        before = cpu_seconds(ruled.pid)
+        select.select([], [], [], 0.2)
+        assert cpu_seconds(ruled.pid) - before < 0.1, f"it spins after {number}"
+        session_as(ruled.address, BOB).sock.close()
+    wait_until(lambda: is_free(ruled, ALICE, BOB))
+
+
+def cpu_seconds(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_who_has_no_closes_may_not_come(ruled: Ruled) -> None:
+    ruled.set_rules(all_allowed(closes=0))
+    assert turned_away(ruled.address, ALICE) == [EXCEEDED, 0, "closes", 0, 0]
+    wait_until(lambda: is_free(ruled, ALICE))
+
+
+def test_who_comes_over_its_closes_is_told_and_hung_up(ruled: Ruled) -> None:
+    """Lowered while it is in: what it sends then is not even received."""
+    ruled.set_rules(all_allowed())
+    with session_as(ruled.address, ALICE, puts=True) as raw, memory() as number:
+        for seq in range(1, 4):
+            raw.send(PUT, seq, f"a{seq}", 0, fds=[number])
+            raw.receive()
+        ruled.limit_closes(ALICE)
+        raw.send(PUT, 4, "b", 0, fds=[number])
+        assert raw.is_refused(EXCEEDED)[0] == "closes"
+    assert [line for line in ruled.refusals() if "closes" in line]
+    for name in ("a1", "a2", "a3"):
+        ruled.client.retire(name)
+    ruled.limit_closes(ALICE, -1)
+    wait_until(lambda: is_free(ruled, ALICE))
+
+
+def test_what_others_take_ends_nobodys_session(ruled: Ruled) -> None:
+    """Alice, within her half, puts Bob over the new one; and he goes on."""
+    ruled.set_rules(all_allowed(sessions=10**6), all_allowed(BOB, sessions=10**6))
+    ruled.limit_descriptors(22)
+    bob = [session_as(ruled.address, BOB, puts=True) for _ in range(9)]
+    alice = []
+    while (sock := come_as(ruled.address, ALICE)) is not None:
+        alice.append(sock)
+    usage = {one.uid: one for one in ruled.client.usage()}[BOB]
+    assert usage.used["sessions"] > (usage.limits["sessions"] or 0)
+    with memory() as number:
+        for raw in bob:
+            raw.send(PUT, 1, f"b{raw.sock.fileno()}", 0, fds=[number])
+            message, _ = raw.receive()
+            assert message is not None
+            assert message[:3] == [EXCEEDED, 1, "entries"]
+            raw.send(ENTRIES, 2, 0)
+            message, _ = raw.receive()
+            assert message is not None
+            assert message[:2] == [0, 2]
+    for sock in (*alice, *(raw.sock for raw in bob)):
+        sock.close()
+    wait_until(lambda: is_free(ruled, ALICE, BOB))
+
+
+def lasting() -> None:
+    """In the broker: its listener stays when it ends, and SIGUSR1 has it drain."""
+
+    def drain(server: Server, *_: object) -> None:
+        reader, writer = os.pipe()
+        server.watch(reader, lambda about, events: (server.unwatch(reader), server.drain(30)))
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(writer, b"x"))
+        run(server)
+
+    run, Server.run = Server.run, drain  # type: ignore[method-assign]
+    Listener.lasting = property(lambda self: True, lambda self, value: None)  # type: ignore
+
+
+def test_a_drain_that_leaves_newcomers_to_the_next_broker_stays_shut() -> None:
+    with Ruled(plant=lasting) as ruled:
+        ruled.put("a")
+        ruled.set_rules(all_allowed())
+        crowd = [session_as(ruled.address, ALICE) for _ in range(OFFENCES + 1)]
+        os.close(crowd[0].borrow(1, "a"))
+        ruled.client.entries()  # with a session that it will ask again
+        os.kill(ruled.pid, signal.SIGUSR1)
+        wait_until(lambda: [entry.retired for entry in ruled.client.entries()] == [True])
+        for raw in crowd[1:]:
+            raw.send_bytes(b"junk")
+            raw.is_refused(60)
+            raw.sock.close()
+        with connected_as(ruled.address, ALICE) as newcomer:
+            newcomer.send(b"\x94\0\0\1\xc2")
+            assert not select.select([newcomer], [], [], 0.3)[0]  # it is queued
+        crowd[0].sock.close()
+        wait_until(lambda: not os.path.exists(f"/proc/{ruled.pid}/fd/0"))  # it has drained

@@ -66,8 +66,7 @@ def test_sessions_entries_and_closes_are_of_one_supply() -> None:
     assert take_all(made, alice, "sessions") == 10
     bob = limited(made, BOB)
     assert take_all(made, bob, "sessions") == 25
-    with pytest.raises(QuotaExceeded):
-        made.check(bob, "closes")
+    assert made.limit(bob, "closes") == 13  # by themselves
     made.add(alice, "entries", -20)
     assert take_all(made, bob, "sessions") == 10  # half of the 70 that Alice leaves
     assert take_all(made, limited(made, 3), "sessions") == 18
@@ -134,8 +133,11 @@ def test_what_everyone_may_have_if_nobody_says_otherwise() -> None:
 def test_the_tables_of_the_ledger_are_what_is_shared_out() -> None:
     made = Quotas(20, 40, 60)
     alice = limited(made, ALICE)
-    limits = {what: made.limit(alice, what) for what in ("sessions", "loans", "entries", "waiting")}
-    assert limits == {"sessions": 10, "loans": 30, "entries": 20, "waiting": 10}
+    limits = {what: made.limit(alice, what) for what in ("sessions", "entries", "waiting")}
+    assert limits == {"sessions": 10, "entries": 20, "waiting": 10}
+    made.check_members(alice, 30)
+    with pytest.raises(QuotaExceeded):
+        made.check_members(alice, 31)
 
 
 def test_an_account_says_what_is_used() -> None:
@@ -215,7 +217,7 @@ def test_nobody_ever_gets_more_than_half_of_what_is_free_to_it(steps) -> None:
 
 
 def test_loans_are_held_to_it_at_the_borrow_and_in_the_line(rig: Rig) -> None:
-    rig.lender.quotas.capacity["loans"] = 100
+    rig.lender.quotas._members = 100
     for name in "abc":
         rig.put(name)
     one, two, three = rig.clients(3)
@@ -241,7 +243,7 @@ def test_loans_are_held_to_it_at_the_borrow_and_in_the_line(rig: Rig) -> None:
 
 def test_who_waits_for_several_has_them_on_its_account_already(rig: Rig) -> None:
     """They take room in the ledger, and are granted without a further look."""
-    rig.lender.quotas.capacity["loans"] = 100
+    rig.lender.quotas._members = 100
     for name in "abc":
         rig.put(name)
     one, two, three, holder = (*rig.clients(3), rig.client(uid=2000))
@@ -272,7 +274,7 @@ def test_who_waits_for_several_has_them_on_its_account_already(rig: Rig) -> None
 
 
 def test_waits_of_both_kinds_are_held_to_it(rig: Rig) -> None:
-    rig.lender.quotas.capacity["loans"] = 100
+    rig.lender.quotas._members = 100
     entry = rig.put("a")
     holder, one, two, three = (*rig.clients(3), rig.client(uid=2000))
     for who in (one, three):
@@ -298,7 +300,7 @@ def test_waits_of_both_kinds_are_held_to_it(rig: Rig) -> None:
 
 
 def test_an_entry_is_on_the_account_of_who_put_it_until_it_is_closed(rig: Rig) -> None:
-    rig.lender.quotas.capacity["loans"] = 100
+    rig.lender.quotas._members = 100
     maker = rig.client(uid=ALICE)
     account = maker.account
     account.hold_to(PLENTY._replace(entries=1))
@@ -324,15 +326,16 @@ def test_an_entry_is_on_the_account_of_who_put_it_until_it_is_closed(rig: Rig) -
 
 def test_members_of_many_loans_are_shared_out_too(rig: Rig) -> None:
     """A loan of several takes room in the ledger; nobody gets more than half of what is left."""
-    rig.lender.quotas.capacity["loans"] = 8
+    rig.lender.quotas._members = 4
     for name in "abcdef":
         rig.put(name)
     one, two = rig.clients(2)
     one.account.hold_to(PLENTY)
     with pytest.raises(QuotaExceeded) as caught:
-        rig.borrow(one, *"abcde")
-    assert caught.value.data == ("loans", 0, 4)
-    rig.borrow(one, *"abcd")
+        rig.borrow(one, *"abcd")
+    assert caught.value.data == ("loans", 0, 3)
+    rig.borrow(one, *"abc")
     with pytest.raises(QuotaExceeded):
         rig.borrow(two, *"ef")
+    rig.borrow(two, "e")  # which takes no such room
     rig.check()
