@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.unix import Inbox
     from fdbroker.lender.quotas import Quotas
 
+FEW = 16  # of its descriptors may be in hand, whatever else there is
 ROOM = MESSAGE_BYTES + 1  # one more: so what is too long is not taken for a message cut to size
 
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
@@ -97,7 +98,8 @@ class Connection:
         self.receive = self._receive_with_descriptors
 
     def _receive_with_descriptors(self) -> bytes:
-        if self.account.limited:  # not once they are here: what cannot be closed stays
+        # not once they are here: what cannot be closed stays.  But a few may be closed just now
+        if self.account.limited and self.account.closes > FEW:
             self.quotas.check(self.account, "closes", 0)
         data, self.inbox = unix.receive_now(self.sock, ROOM)
         if self.inbox is not None:
