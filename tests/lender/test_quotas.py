@@ -339,3 +339,24 @@ def test_members_of_many_loans_are_shared_out_too(rig: Rig) -> None:
         rig.borrow(two, *"ef")
     rig.borrow(two, "e")  # which takes no such room
     rig.check()
+
+
+def test_members_come_back_with_their_loan_and_their_wait_and_are_there_after_a_load(
+    rig: Rig,
+) -> None:
+    for name in "abc":
+        rig.put(name)
+    holder, waiting = rig.clients(2)
+    account, total = holder.account, rig.lender.quotas.total
+    rig.borrow(holder, *"abc", exclusive=True)
+    assert account.members == 2
+    rig.borrow(waiting, *"ab", exclusive=True)
+    assert account.members == total.members == 3
+    loaded = rig.reload().quotas
+    assert loaded.account(account.uid).members == loaded.total.members == 3
+    rig.cancel(waiting)
+    rig.decided()
+    assert account.members == total.members == 2
+    rig.give_back(holder)
+    assert account.members == total.members == 0
+    assert rig.reload().quotas.total.members == 0
