@@ -52,15 +52,12 @@ class Admission:
         if self.rules.gids and peer.uid != ROOT:
             groups = {peer.gid, *unix.groups(connection.sock)}
         rights = connection.rights = self.rules.rights(peer.uid, groups)
-        if rights.admitted and not rights.unlimited:
-            connection.account.hold_to(rights.quota)
+        _hold(connection.account, rights)
         connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
 
     def hold(self, account: Account) -> None:
         """Hold an account to what its uid may have, whoever it is in which groups."""
-        rights = self.rules.rights(account.uid)
-        if rights.admitted and not rights.unlimited:
-            account.hold_to(rights.quota)
+        _hold(account, self.rules.rights(account.uid))
 
     def forget(self) -> None:
         """Look at everything anew, whoever says it, as far as he may not do everything."""
@@ -74,6 +71,11 @@ class Admission:
             raise NotPermitted(-1 if uid == self.rules.unknown_uid else uid, "connect")
         for what in ("sessions", "closes"):
             connection.quotas.check(connection.account, what)
+
+
+def _hold(account: Account, rights: Rights) -> None:
+    if rights.admitted and not rights.unlimited:
+        account.hold_to(rights.quota)
 
 
 def check_right(at: Connection, verb: int, name: str | bytes, *, readonly: bool = False) -> None:

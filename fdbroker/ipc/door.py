@@ -31,6 +31,7 @@ from fdbroker.lender.parts import Peer
 if TYPE_CHECKING:
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
+    from fdbroker.lender.quotas import Account
 
 # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 RESERVE = 4
@@ -143,8 +144,7 @@ class Door(Loop):
 
     def hung_up(self, connection: Connection) -> None:
         """Its socket is closed."""
-        self.lender.quotas.add(connection.account, "sessions", -1)
-        self.resume_accepting()
+        self.release(connection.account, "sessions", 1)
 
     def rest(self, connection: Connection) -> None:
         """It was turned away, or broke the rules, and may come again at once: not so fast.
@@ -167,6 +167,11 @@ class Door(Loop):
         """It has done so, or is over."""
         if self._awaited.pop(connection, None) is not None:
             self._set_alarm()
+
+    def release(self, account: Account | None, what: str, count: int) -> None:
+        """It has so many less of the broker's descriptors, which may be what somebody waits for."""
+        self.lender.quotas.add(account, what, -count)
+        self.resume_accepting()
 
     def resume_accepting(self) -> None:
         """A descriptor has become free, or the pause is over."""

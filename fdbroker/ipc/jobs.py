@@ -151,8 +151,7 @@ class Discard(Job):
         close_each(self.fds)
 
     def finish(self, server: Server) -> None:
-        server.lender.quotas.add(self.account, "closes", -len(self.fds))
-        server.resume_accepting()
+        server.release(self.account, "closes", len(self.fds))
 
 
 class HangUp(Job):
@@ -216,10 +215,9 @@ class Close(Job):
             self.error = OSError(self.failure)
         if self.error is not None:
             log.error("event=close-failed entry=%s error=%r", self.entry.name, str(self.error))
-        server.lender.quotas.add(self.account, "closes", -1)
         server.custody.drop_entry(self.entry.slot)
         server.lender.closed(self.entry, self.error)
-        server.resume_accepting()
+        server.release(self.account, "closes", 1)
 
 
 class Reopen(Request):
@@ -249,10 +247,9 @@ class Reopen(Request):
                 self.error = UnsupportedKind("file", reason)
 
     def finish(self, server: Server) -> None:
-        # charged were all of them
-        server.lender.quotas.add(self.account, "closes", len(self.fresh) - len(self.sysfds))
+        unopened = len(self.sysfds) - len(self.fresh)  # charged were all of them
         super().finish(server)
-        server.resume_accepting()
+        server.release(self.account, "closes", unopened)
 
     def give_away(self) -> list[int]:
         fresh, self.fresh = self.fresh, []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import select
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,9 @@ class Loop(ABC):
         left = (first - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001
         return min(max(0.0, left), LONGEST_SLEEP)
 
-    def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    @abstractmethod
+    def in_turn(self, happened: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """What of this to act upon now, and in which order; the rest will happen again."""
-        return happened
 
     @abstractmethod
     def ring(self) -> None:

@@ -61,8 +61,6 @@ from fdbroker.lender.parts import FREE, LENT
 from fdbroker.lender.quotas import DEFAULT, Quota
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
@@ -117,7 +115,7 @@ class Server(Answers):
             if not account.limited:  # nobody of it is admitted any more: what is granted stays
                 account.hold_to(quota)
 
-    def in_turn(self, happened: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    def in_turn(self, happened: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """One request of each uid that is held to a quota, and all of the others.
 
         So who keeps many sessions busy is ahead of nobody by more than one of each batch (`EVENTS`)

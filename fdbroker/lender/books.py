@@ -164,12 +164,17 @@ class Books:
         """Stop waiting without a grant; those behind may now go."""
         self._commit(session, IDLE)
         self._step_out(session)
-        self._cells.give_many(session.cells)
-        self.quotas.add(session.account, "members", -len(session.cells))
+        self._give_cells(session)
         wish, entries = session.wish, session.entries
         assert wish is not None
-        session.wish, session.entries, session.cells = None, (), ()
+        session.wish, session.entries = None, ()
         self._serve_lines(wish, entries, now)
+
+    def _give_cells(self, session: Session) -> None:
+        """The room for the members of its loan is free again."""
+        self._cells.give_many(session.cells)
+        self.quotas.add(session.account, "members", -len(session.cells))
+        session.cells = ()
 
     def serve_line(self, entry: Entry, now: int, refused: set[int]) -> None:
         """Grant what can be granted in the line of `entry`, in order of arrival.

@@ -171,9 +171,7 @@ class Lender(Books):
             if entry.line or entry.state == RETIRING:
                 others_concerned = True
         if session.cells:
-            self._cells.give_many(session.cells)
-            self.quotas.add(session.account, "members", -len(session.cells))
-            session.cells = ()
+            self._give_cells(session)
         if others_concerned:
             self._end_concerns(wish, entries, now)
 
