@@ -75,6 +75,21 @@ def process_state(pid: int) -> str:
         return file.read().rpartition(")")[2].split()[0]
 
 
+def cpu_seconds(pid: int) -> float:
+    """What the process has used of a CPU so far, in user and in kernel mode (proc_pid_stat(5))."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> None:
+    """Another user, for good."""
+    os.setgroups(groups)
+    gid = uid if gid is None else gid
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
 def is_same_file(one: int, other: int) -> bool:
     """Whether two descriptors are of one inode."""
     return os.path.sameopenfile(one, other)

@@ -53,9 +53,9 @@ class Process:
         return sorted(open_files(self.pid).values())
 
     def cpu_seconds(self) -> float:
-        with open(f"/proc/{self.pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        from support import cpu_seconds
+
+        return cpu_seconds(self.pid)
 
     def close(self) -> None:
         os.close(self._pidfd)

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import support
+
 import fdbroker
 
 from . import stage
@@ -29,10 +31,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 def become(role: str) -> None:
     """The uid of a role, for good; and nobody outlives who made it."""
     if stage.RULED:
-        uid = stage.uid_of(role)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+        support.become(stage.uid_of(role))
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of uid clears it (prctl(2))
 
 

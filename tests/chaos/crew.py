@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from support import children
+from support import children, cpu_seconds
 
 from .actor import TOLD, Cast, become, fork, libc
 from .board import Board
@@ -84,8 +84,7 @@ class BrokerProcess:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pid)
 
     def end(self) -> int:
         """SIGTERM, and what it ends with."""

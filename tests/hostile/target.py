@@ -34,7 +34,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from support import PATIENCE, can_refuse_descriptors, start_fork, targets, wait_until
+from support import (
+    PATIENCE,
+    become,
+    can_refuse_descriptors,
+    cpu_seconds,
+    start_fork,
+    targets,
+    wait_until,
+)
 
 import fdbroker
 from fdbroker.errors import TooManyInFlight
@@ -78,13 +86,6 @@ uid = {CAROL}
 names = ["good/*"]
 verbs = ["borrow", "put", "retire", "list"]
 """
-
-
-def become(uid: int) -> None:
-    """Another user, for good."""
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
 
 
 def unshare(what: int) -> None:
@@ -164,8 +165,7 @@ class Target:
 
     def cpu_seconds(self) -> float:
         """That it has used so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pid)
 
     def counts(self) -> dict[str, int]:
         """How many there are of what a client can make."""

@@ -6,6 +6,7 @@ import contextlib
 import encodings.idna  # noqa: F401 - another uid may not read it
 import socket
 import struct
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -58,6 +59,24 @@ def hanging(target: Target):
         pytest.skip(f"no FUSE can be mounted here: {error}")
 
 
+@contextlib.contextmanager
+def hangs(
+    target: Target, hanging: Hanging, call: int, attacker: socket.socket, says: bytes
+) -> Iterator[None]:
+    """The attacker goes on until it `says` so, and the broker's threads hang in that call; the good
+    client was served meanwhile.  After the block they go on."""
+    hanging.hang(call)
+    try:
+        attacker.send(b"x")
+        assert attacker.recv(100) == says
+        wait_until(lambda: hanging.hang(call) >= 1)
+        be_served(target)
+        assert target.counts()["jobs"] >= MANY
+        yield
+    finally:
+        hanging.let_go()
+
+
 def test_a_file_system_that_hangs_in_flush(target: Target, hanging: Hanging) -> None:
     """close(2) of its files waits for ever; so do those of one uid, and of nobody else."""
 
@@ -77,17 +96,9 @@ def test_a_file_system_that_hangs_in_flush(target: Target, hanging: Hanging) -> 
 
     with meanwhile(put) as attacker:
         assert attacker.recv(100) == b"put"
-        hanging.hang(FLUSH)
-        try:
-            attacker.send(b"x")
-            assert attacker.recv(100) == b"gone"
-            wait_until(lambda: hanging.hang(FLUSH) >= 1)
-            be_served(target)
-            assert target.counts()["jobs"] >= MANY
+        with hangs(target, hanging, FLUSH, attacker, b"gone"):
             (usage,) = (one for one in target.client.usage() if one.uid == ALICE)
             assert usage.used["closes"] == MANY
-        finally:
-            hanging.let_go()
     wait_until(lambda: not uses(target, ALICE))
 
 
@@ -107,15 +118,8 @@ def test_a_file_system_that_hangs_while_it_is_looked_at(target: Target, hanging:
 
     with meanwhile(put) as attacker:
         assert attacker.recv(100) == b"opened"
-        hanging.hang(GETATTR)
-        try:
-            attacker.send(b"x")
-            assert attacker.recv(100) == b"put"
-            wait_until(lambda: hanging.hang(GETATTR) >= 1)
-            be_served(target)
-            assert target.counts()["jobs"] >= MANY
-        finally:
-            hanging.let_go()
+        with hangs(target, hanging, GETATTR, attacker, b"put"):
+            pass
     wait_until(lambda: not uses(target, ALICE))
 
 

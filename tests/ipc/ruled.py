@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from support import BORROW, PATIENCE, RETURN, Raw, in_fork, start_fork
+from support import BORROW, PATIENCE, RETURN, Raw, become, in_fork, start_fork
 
 import fdbroker
 from fdbroker.ipc.client import forget_client_at
@@ -179,14 +179,6 @@ def memory() -> Iterator[int]:
         yield number
     finally:
         os.close(number)
-
-
-def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> None:
-    """Another user, for good."""
-    os.setgroups(groups)
-    gid = uid if gid is None else gid
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
 
 
 def connected_as(
