@@ -74,7 +74,7 @@ close_func: Close = os.close
 """What closes the number of every FD that was given no `close` of its own.  Looked up at close."""
 
 # The slot: the number while live, ~number while retired (above -2**64, also for a handle), or:
-_UNINITIALIZED, _CLOSED, _DETACHED = -1 << 64, -2 << 64, -3 << 64
+_DETACHING, _UNINITIALIZED, _CLOSED, _DETACHED = -1 << 64, -2 << 64, -3 << 64, -4 << 64
 
 # The list at the start.  A right is never on top of a reference, the floor never leaves; and with
 # two of them at the bottom, `list` does not give its memory back each time the last reference goes.
@@ -284,11 +284,11 @@ class FD:
         try:
             for _ in zip(map(take, (_RETIRE,)), map(take, (_CLOSE,)), strict=True):  # both at once
                 try:
-                    self._sysfd = ~sysfd
+                    self._sysfd = _DETACHING  # not ~sysfd, which tells others to close
                     if refs := self.refs:
                         raise ReferencedFDError(refs)
-                    self._announce()
                     self._sysfd = _DETACHED
+                    self._announce()
                     return sysfd
                 except BaseException:
                     self._sysfd = sysfd
@@ -320,7 +320,7 @@ class FD:
     def _settle(self) -> None:
         """Close, if it is retired and without references; call who waits, once it is closed."""
         state = self._sysfd
-        if _UNINITIALIZED < state < 0 and None not in self._tokens:
+        if _DETACHING < state < 0 and None not in self._tokens:
             self._final_close(~state)
         if self.closed:
             self._announce()
@@ -399,6 +399,7 @@ class FD:
     def __repr__(self) -> str:
         state, refs = self._sysfd, self.refs
         named = {_UNINITIALIZED: "uninitialized", _CLOSED: "closed", _DETACHED: "detached"}
+        named[_DETACHING] = "about to be detached"
         says = named.get(state) or (f"{state}" if state >= 0 else f"{~state} retired")
         return f"<FD {says}, {refs} reference{'s'[: refs != 1]}>"
 

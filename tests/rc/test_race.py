@@ -179,6 +179,11 @@ class Detaching:
     def track(self) -> None:
         self.fd.track_lifetime(self.registry)
 
+    def wait(self) -> None:
+        self.fd.wait_closed()
+        if not self.fd.closed:
+            self.wrong.append("wait_closed() came back before the detach")
+
     def run(self) -> list[str]:
         self.scheduler.run(*self.scheduler.random.choice(DETACHING)(self))
         wrong = self.wrong + [repr(error) for error in self.scheduler.errors]
@@ -200,10 +205,11 @@ DETACHING = (
     lambda on: [on.detach, on.retire],
     lambda on: [on.track, on.retire],
     lambda on: [on.track, on.detach],
+    lambda on: [on.wait, on.detach],
 )
 
 
-@pytest.mark.parametrize("seeds", [range(300), pytest.param(range(9000), marks=pytest.mark.long)])
+@pytest.mark.parametrize("seeds", [range(900), pytest.param(range(900, 12_000), marks=pytest.mark.long)])
 def test_rounds_of_detach_and_track(seeds: range) -> None:
     for seed in seeds:
         wrong = Detaching(fdbroker.rc, seed).run()
