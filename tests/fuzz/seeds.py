@@ -135,6 +135,8 @@ def _hard_cases() -> Iterator[tuple[str, Input]]:
     yield "stranger", Input(0, [stranger, *[x for ask in (*asks, *others) for x in (ask, back)]])
     crowd = [Step(steps.CONNECT, client, ANSWERED, (3,)) for client in range(4)]
     yield "crowd", Input(0, [*crowd, Step(steps.CLOSE, 1), *crowd[1:]])
+    silent = Step(steps.CONNECT, 3, ANSWERED, (steps.STRANGER,))
+    yield "turned-away", Input(0, [*crowd[:3], silent, request(STATS, [], client=3)])
     hour = Step(steps.TIME, 0, ANSWERED, (15,))
     waits = [alone, request(BORROW, ["a", 0, 10**9, ""], client=1), hour]
     closing = request(RETIRE, ["a", True, 5], client=2)

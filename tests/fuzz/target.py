@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import msgpack
 
-from fdbroker.errors import ProtocolError
+from fdbroker.errors import ProtocolError, QuotaExceeded
 from fdbroker.ipc import owned
 from fdbroker.lender.parts import LENT, Entry
 from fuzz import contract, steps
@@ -47,6 +47,7 @@ class Client:
         self.greeted_by = 0.0  # put-forward seconds until it must have said hello
         self.fault = ""  # the reason of the last message, if that was a fault
         self.refused = False  # the last message was a refusal
+        self.turned_away = False  # it was refused before it said hello
 
 
 class Target:
@@ -279,6 +280,9 @@ class Target:
                 raise Found(f"a fault: {mistake}")
             client.fault = message[3]
             return
+        if not client.asked and code == QuotaExceeded.code:  # at the door
+            client.turned_away = client.excused = True
+            verbs = [contract.HELLO]
         mistakes = [contract.reply_mistake(verb, data, message, len(numbers)) for verb in verbs]
         if not verbs and True in client.batch:
             raise Found(f"malformed, but accepted: {_brief(client)}")
@@ -350,6 +354,8 @@ class Target:
             raise Found(f"malformed, but accepted: {_brief(client)}")
         elif client.over and not (client.excused or client.refused or not batch):
             raise Found(f"ended without a word: {_brief(client)}")
+        if client.turned_away and not client.over:
+            raise Found("who was turned away at the door is in")
         client.fault = ""
         if client.over:
             client.excused = True
