@@ -209,7 +209,9 @@ DETACHING = (
 )
 
 
-@pytest.mark.parametrize("seeds", [range(900), pytest.param(range(900, 12_000), marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "seeds", [range(900), pytest.param(range(900, 12_000), marks=pytest.mark.long)]
+)
 def test_rounds_of_detach_and_track(seeds: range) -> None:
     for seed in seeds:
         wrong = Detaching(fdbroker.rc, seed).run()
