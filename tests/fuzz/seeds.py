@@ -136,11 +136,17 @@ def _hard_cases() -> Iterator[tuple[str, Input]]:
     crowd = [Step(steps.CONNECT, client, ANSWERED, (3,)) for client in range(4)]
     yield "crowd", Input(0, [*crowd, Step(steps.CLOSE, 1), *crowd[1:]])
     silent = Step(steps.CONNECT, 3, ANSWERED, (steps.STRANGER,))
-    yield "turned-away", Input(0, [*crowd[:3], silent, request(STATS, [], client=3)])
+    malformed = [Step(steps.SEND, 3, how, (1,), (), b"?") for how in (HELD, ANSWERED)]
+    away = [*crowd[:3], silent, silent._replace(how=HELD), *malformed]
+    yield "turned-away", Input(0, [*away, request(STATS, [], client=3)])
+    again = [*crowd[:3], *[silent] * 9, malformed[1], *[silent] * 9, malformed[1]]
+    yield "turned-away-often", Input(0, again)
     hour = Step(steps.TIME, 0, ANSWERED, (15,))
     waits = [alone, request(BORROW, ["a", 0, 10**9, ""], client=1), hour]
     closing = request(RETIRE, ["a", True, 5], client=2)
     yield "time", Input(0, [SILENT, hour, *waits, closing, hour, closing, back, hour])
+    unread = [step._replace(how=UNREAD) for step in (borrow, back, borrow, hour)]
+    yield "time-unread", Input(0, [*unread, request(STATS, [])])
     for way in range(3):
         leave = Step(steps.SHUTDOWN, 0, ANSWERED, (way,))
         yield f"shutdown-{way}", Input(0, [*waits[:2], leave, borrow._replace(client=2)])

@@ -25,7 +25,7 @@ from fuzz.steps import Input, Step
 from fuzz.world import Found, World
 
 LONGEST = 200_000  # bytes that a client tries to send in one message
-HELLO_SECONDS = 10
+HELLO_SECONDS = READ_SECONDS = 10
 FLOODED = 600  # requests of one step at most
 MANY_ENTRIES = 99  # on loan: the books are only compared at the end
 WIDE = b"\xcf"  # the seq in nine bytes, as the broker remembers requests
@@ -45,9 +45,11 @@ class Client:
         self.over = False  # its end was read
         self.excused = False  # the broker may end it without a word
         self.greeted_by = 0.0  # put-forward seconds until it must have said hello
+        self.read_by = 0.0  # and until it must have read, if it has sent something since it did
         self.fault = ""  # the reason of the last message, if that was a fault
         self.refused = False  # the last message was a refusal
-        self.turned_away = False  # it was refused before it said hello
+        self.greeted = False  # its hello was accepted
+        self.turned_away = False  # it came when there was no room
 
 
 class Target:
@@ -164,7 +166,8 @@ class Target:
     def _time(self, step: Step) -> None:
         self.world.offset += 2 ** (step.numbers[0] % 16) * 125_000_000
         for client in self.clients.values():
-            if client.seq == 0 and self.world.offset / 1e9 >= client.greeted_by - 1:
+            deadlines = client.greeted_by if client.seq == 0 else 0, client.read_by
+            if any(deadline and self.world.offset / 1e9 >= deadline - 1 for deadline in deadlines):
                 client.excused = True
 
     def _ticket(self, step: Step) -> None:
@@ -211,6 +214,7 @@ class Target:
             return
         if not data:
             client.excused = True  # it looks like the end
+        client.read_by = client.read_by or self.world.offset / 1e9 + READ_SECONDS
         request = contract.parse(data, len(numbers))
         client.batch.append(request is None)
         client.sent = data
@@ -280,9 +284,10 @@ class Target:
                 raise Found(f"a fault: {mistake}")
             client.fault = message[3]
             return
-        if not client.asked and code == QuotaExceeded.code:  # at the door
+        if code == QuotaExceeded.code and not client.greeted:  # at the door, whatever it has sent
             client.turned_away = client.excused = True
             verbs = [contract.HELLO]
+        client.greeted |= code == 0
         mistakes = [contract.reply_mistake(verb, data, message, len(numbers)) for verb in verbs]
         if not verbs and True in client.batch:
             raise Found(f"malformed, but accepted: {_brief(client)}")
@@ -337,7 +342,7 @@ class Target:
 
     def _judge(self, client: Client) -> None:
         """All that it sent was served, and all that came was read: is that what must be?"""
-        batch, client.batch = client.batch, []
+        batch, client.batch, client.read_by = client.batch, [], 0.0
         malformed = batch.index(True) if True in batch else None
         if client.fault:
             said = f"{client.fault}: {_brief(client)}"

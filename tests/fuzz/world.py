@@ -61,7 +61,7 @@ class Turns:
         self.real: select.epoll = server._epoll
         self.register, self.unregister = self.real.register, self.real.unregister
         self.modify, self.close = self.real.modify, self.real.close
-        self.workers = server.workers
+        self.server, self.workers = server, server.workers
         self.left = 0
 
     def poll(self, patience: float | None, events: int) -> list[tuple[int, int]]:
@@ -71,6 +71,8 @@ class Turns:
         happened = self.real.poll(0, events)
         if happened or patience == 0:
             return happened
+        if self.server._resume_at:  # nobody is accepted for a millisecond
+            return self.real.poll(patience, events)
         if not self.workers.pending:
             raise Quiet
         happened = self.real.poll(support.PATIENCE, events)
