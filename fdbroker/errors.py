@@ -321,7 +321,7 @@ class CloseFailed(FDBrokerError, OSError):
 class QuotaExceeded(FDBrokerError, OSError):
     """The uid of this process has its share of `what`, which may be half of what others left.
 
-    `what` is one of sessions, loans, entries, waiting, bytes, closes.
+    `what` is one of sessions, loans, entries, waiting, bytes, closes, inflight.
     """
 
     code = 35

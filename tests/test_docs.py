@@ -93,7 +93,7 @@ def test_each_test_that_the_page_of_security_names_is_there() -> None:
 def test_the_pages_have_stats_and_quotas_as_they_are() -> None:
     page = (DOCS / "commands.md").read_text().partition("\n## stats\n")[2].partition("\n## ")[0]
     broker, user, what = re.findall(
-        r"^\| (?:field of|of the six).*\n\|---.*\n((?:\|.*\n)+)", page, re.M
+        r"^\| (?:field of|of the seven).*\n\|---.*\n((?:\|.*\n)+)", page, re.M
     )
     assert re.findall(r"^\| `(\w+)`", broker, re.M) == ["broker", "users"]
     assert re.findall(r"^\| `(\w+)`", user, re.M) == list(Usage._fields)

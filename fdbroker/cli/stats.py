@@ -20,9 +20,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "held to nothing.  It takes the right to admin."
     )
     parser.epilog = """columns:
-  SESSIONS  connections              WAITING  requests that wait for a turn or a close
-  LOANS     entries, also waited for BYTES    of answers that it has not read
-  ENTRIES   what it has put          CLOSES   descriptors that are being closed
+  SESSIONS  connections               BYTES     of answers that it has not read
+  LOANS     entries, also waited for  CLOSES    descriptors that are being closed
+  ENTRIES   what it has put           INFLIGHT  descriptors that it has not received
+  WAITING   requests that wait for a turn or a close
 
 examples:
   fdbroker stats

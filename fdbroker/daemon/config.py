@@ -10,7 +10,7 @@
     listen = ":8000"
 
     [quota]                         # what each uid may have at most
-    sessions = 100                  # loans, entries, waiting, bytes, closes
+    sessions = 100                  # loans, entries, waiting, bytes, closes, inflight
 
     [[rule]]                        # to whom: a uid, a gid, or everyone
     uid = "deploy"

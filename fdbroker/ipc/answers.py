@@ -1,9 +1,13 @@
 """What the broker sends: answers, and the descriptors of loans.
 
 It never waits for a client.  A message that cannot be sent at once ends the session, and so does an
-answer to one whose uid leaves too much unread.  One with descriptors is only sent when the client
-has read the one before it: the kernel counts descriptors in flight per uid, and a client that never
-reads would use them up.
+answer to one whose uid leaves too much unread.
+
+The kernel counts descriptors in flight, sent and not received, by the uid of the sender (unix(7),
+ETOOMANYREFS): clients that read nothing would use up what there is for the others.  So a message
+with descriptors is only sent when the client has read the one before it, and within the quota of
+its uid.  What we hang up on keeps its charge until it was read, or the client is gone; until then
+the socket stays open, or we could not ask.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from abc import abstractmethod
 from fcntl import ioctl
 from typing import TYPE_CHECKING
 
-from fdbroker.errors import FDBrokerError, TooManyInFlight
+from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
 from fdbroker.ipc import unix
+from fdbroker.ipc.admission import log_refusal
 from fdbroker.ipc.connection import ENDED, READY, UNREAD, Connection, Unsent
 from fdbroker.ipc.door import Door
 from fdbroker.ipc.jobs import Discard, Reopen
@@ -54,6 +59,7 @@ class Answers(Door):
     def __init__(self, listener: Listener, lender: Lender) -> None:
         super().__init__(listener, lender)
         self._connections: dict[int, Connection] = {}  # by socket number
+        self._hung_up: set[Connection] = set()  # while descriptors are in flight to them
 
     @abstractmethod
     def _serve(self, connection: Connection, events: int) -> None:
@@ -81,6 +87,23 @@ class Answers(Door):
         except OSError:
             self.end(connection)
 
+    def _hang_up(self, connection: Connection) -> None:
+        self.unwatch(connection.number)
+        if connection.inflight and unread_bytes(connection.number):
+            unix.shut_down(connection.sock)
+            self._hung_up.add(connection)
+            self.watch(connection.number, self._part, connection)
+            self.rewatch(connection.number, EMPTIED, self._part, connection)
+            return
+        super()._hang_up(connection)
+
+    def _part(self, connection: Connection, events: int) -> None:
+        """It was hung up on, and has read a message, or is gone."""
+        if not unread_bytes(connection.number):
+            self._hung_up.remove(connection)
+            self.unwatch(connection.number)
+            super()._hang_up(connection)
+
     def _note_unread(self, connection: Connection, size: int) -> None:
         """So much lies unread at it, as far as we know."""
         self.lender.quotas.add(connection.account, "bytes", size - connection.unread)
@@ -98,8 +121,29 @@ class Answers(Door):
     def look_at_unread(self, account: Account | None = None) -> None:
         """Ask how much of what was sent is unread, by the sessions of one account or of all."""
         for connection in self._connections.values():
-            if connection.unread and account in (None, connection.account):
-                self._note_unread(connection, unread_bytes(connection.number))
+            if (connection.unread or connection.inflight) and account in (None, connection.account):
+                unread = unread_bytes(connection.number)
+                self._note_unread(connection, unread)
+                if not unread:
+                    self._note_inflight(connection, 0)
+
+    def _note_inflight(self, connection: Connection, count: int) -> None:
+        """So many descriptors are in flight to it, as far as we know."""
+        if count != connection.inflight:
+            self.lender.quotas.add(connection.account, "inflight", count - connection.inflight)
+            connection.inflight = count
+
+    def _check_inflight(self, connection: Connection, count: int) -> None:
+        """May it be sent so many, since it has received all that it was sent?  `QuotaExceeded`.
+
+        What it and others have received since they were last asked is only looked at if not.
+        """
+        quotas, more = self.lender.quotas, count - connection.inflight
+        try:
+            quotas.check(connection.account, "inflight", more)
+        except QuotaExceeded:
+            self.look_at_unread()
+            quotas.check(connection.account, "inflight", count)
 
     def hand_over(
         self, connection: Connection, seq: int, offset: int = 0, fresh: list[int] | None = None
@@ -126,16 +170,22 @@ class Answers(Door):
             return
         if len(entries) == 1 and fresh is None:
             data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
-            rights = entries[0].ancillary
+            count, rights = 1, entries[0].ancillary
         else:
             fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
             data = encode_grant(seq, len(entries), len(fds), session.since)
-            rights = unix.rights(fds)
+            count, rights = len(fds), unix.rights(fds)
         try:
+            if count != connection.inflight and connection.account.limited:
+                self._check_inflight(connection, count)
+                self._note_inflight(connection, count)
             connection.sock.sendmsg((data,), rights, SEND_NOW)
+        except QuotaExceeded as error:
+            self.take_back(connection, seq, offset, error)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.end(connection)
         except OSError as error:
+            self._note_inflight(connection, 0)
             log.warning('event=not-sent %s reason="%s"', connection, error.strerror)
             self.take_back(connection, seq, offset, TooManyInFlight())
         if fresh:
@@ -149,6 +199,8 @@ class Answers(Door):
         If it has none of the loan yet, that ends here.  Else only the client knows when it has
         closed them, and returns the loan.
         """
+        if isinstance(error, QuotaExceeded):
+            log_refusal(connection, error)
         if offset == 0 and not connection.repeated:
             self.lender.take_back(connection.session, self.now)
         self.reply(connection, encode_error(seq, error))

@@ -95,7 +95,7 @@ class Usage(NamedTuple):
 
     Of both the keys are sessions, loans (entries on loan or waited for), entries (that it has put),
     waiting (requests), bytes (of answers that it has not read), closes (descriptors that are being
-    closed, or are not entered yet).
+    closed, or are not entered yet), inflight (descriptors sent to it that it has not received).
     """
 
     uid: int

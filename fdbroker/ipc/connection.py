@@ -54,6 +54,7 @@ class Connection:
         "account",
         "brings_descriptors",
         "inbox",
+        "inflight",
         "job",
         "known",
         "number",
@@ -83,6 +84,7 @@ class Connection:
         self.job: Request | None = None  # while WORKING, or ENDED meanwhile
         self.unsent: Unsent | None = None  # while UNREAD
         self.unread = 0  # bytes of answers that it had not read when it got the last one
+        self.inflight = 0  # descriptors of the last message, unless all was read since
         self.repeated = False  # whether it ever asked for a grant again that it may have had
         self.receive: Callable[[], bytes] = self._receive_with_descriptors
         self.brings_descriptors = True

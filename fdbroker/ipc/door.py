@@ -72,6 +72,7 @@ class Door(Loop):
         quotas = self.lender.quotas
         quotas.own = descriptors_in_use() - quotas.total.descriptors + RESERVE
         quotas.descriptors = max(0, limit() - quotas.own)
+        quotas.capacity["inflight"] = limit()
         super().run()
 
     def drain(self, seconds: float | None) -> None:
@@ -144,6 +145,7 @@ class Door(Loop):
 
     def hung_up(self, connection: Connection) -> None:
         """Its socket is closed."""
+        self.lender.quotas.add(connection.account, "inflight", -connection.inflight)
         self.release(connection.account, "sessions", 1)
 
     def rest(self, connection: Connection) -> None:

@@ -93,6 +93,8 @@ class Server(Answers):
             )
         for connection in list(self._connections.values()):
             self._hang_up(connection)
+        for connection in self._hung_up:
+            connection.sock.close()
         self._epoll.close()
         self.workers.close()
         self.listener.close()
@@ -364,10 +366,6 @@ class Server(Answers):
             del self._by_slot[session.slot]
             self.lender.forget(session)
             self.lender.quotas.drop_idle(session.account)
-
-    def _hang_up(self, connection: Connection) -> None:
-        self.unwatch(connection.number)
-        super()._hang_up(connection)
 
     def start_job(self, connection: Connection, job: Request) -> None:
         """Have a worker do the slow part of this connection's request."""

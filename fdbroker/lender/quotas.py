@@ -7,6 +7,7 @@
     bytes      of answers that it has not read
     closes     descriptors in the broker's hands that are no entries: what came with a message, what
                was opened for a read-only loan, what is being closed.  A close that is stuck stays
+    inflight   descriptors that were sent to it, and that it has not received
 
 Everyone has at most what the rules say (`Quota`), and **at most half of what is still free**: who
 has `used` of a table with `free` rows left may have ``(used + free + 1) // 2``.  So the first one
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 from fdbroker.errors import QuotaExceeded, TooManyFiles
 
-WHAT = ("sessions", "loans", "entries", "waiting", "bytes", "closes")
+WHAT = ("sessions", "loans", "entries", "waiting", "bytes", "closes", "inflight")
 # what takes how many of the broker's descriptors: one that is put is among the closes already
 DESCRIPTORS = {"sessions": 1, "entries": 0, "closes": 1}
 NO_LIMIT = 2**53
@@ -41,6 +42,7 @@ class Quota(NamedTuple):
     waiting: int = 1024
     bytes: int = 4 * 1024 * 1024
     closes: int = 1024
+    inflight: int = 1024
 
 
 DEFAULT = Quota()
@@ -56,7 +58,8 @@ class Account:
         self.uid = uid
         self.forget_quota()
         self.members = 0  # of loans of several, beyond the first of each
-        self.sessions = self.loans = self.entries = self.waiting = self.bytes = self.closes = 0
+        self.sessions = self.loans = self.entries = self.waiting = 0
+        self.bytes = self.closes = self.inflight = 0
 
     def forget_quota(self) -> None:
         """Nobody has said how much it may have: whatever there is."""
@@ -80,7 +83,8 @@ class Account:
     @property
     def idle(self) -> bool:
         """Whether it uses nothing."""
-        return not (self.descriptors or self.loans or self.waiting or self.bytes)
+        used = self.descriptors or self.loans or self.waiting or self.bytes or self.inflight
+        return not used
 
     def __repr__(self) -> str:
         used = " ".join(f"{what}={getattr(self, what)}" for what in WHAT)
@@ -99,6 +103,7 @@ class Quotas:
             "entries": entries,
             "waiting": sessions,
             "bytes": BYTES,
+            "inflight": NO_LIMIT,  # as the kernel has it for the broker's uid: RLIMIT_NOFILE
         }
         self.descriptors = NO_LIMIT  # of the broker, which clients and entries may take, and ...
         self.own = 0  # ... those that they may not

@@ -186,7 +186,7 @@ def test_the_quota_that_holds(tmp_path: Path) -> None:
         verbs = ["list"]
     """)
     rule = 'uid = 60001, names = ["*"], verbs = ["list"], quota = { sessions = 5, loans = 1 }'
-    rest = "entries = 1024, waiting = 9, bytes = 4194304, closes = 1024\n"
+    rest = "entries = 1024, waiting = 9, bytes = 4194304, closes = 1024, inflight = 1024\n"
     for words, said in (
         ("--uid 60001", f"rule 1, {rule}; its quota: sessions = 5, loans = 1, {rest}"),
         ("--uid 60001 --gid 60007", f"rule 1, {rule}; its quota: sessions = 6, loans = 1, {rest}"),

@@ -124,7 +124,7 @@ def test_quotas(written):
         (("sessions", 1),),
     ]
     every = "\n".join(f"{what} = {number}" for number, what in enumerate(WHAT, 1))
-    assert read(written(f"[quota]\n{every}\n")).quota == Quota(1, 2, 3, 4, 5, 6)
+    assert read(written(f"[quota]\n{every}\n")).quota == Quota(1, 2, 3, 4, 5, 6, 7)
     assert Quota._fields == WHAT
 
 

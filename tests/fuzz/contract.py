@@ -157,7 +157,7 @@ def pairs(value: Any) -> bool:
 
 def counts(value: Any) -> bool:
     """Of sessions, loans, entries, waiting, bytes, closes; None is no limit."""
-    return type(value) is list and len(value) == 6 and all(x is None or COUNT(x) for x in value)
+    return type(value) is list and len(value) == 7 and all(x is None or COUNT(x) for x in value)
 
 
 REPLIES: dict[int, tuple[Callable[[Any], bool], ...]] = {

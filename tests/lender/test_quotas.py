@@ -127,7 +127,7 @@ def test_each_may_have_half_of_the_descriptors_in_either_way() -> None:
 
 def test_what_everyone_may_have_if_nobody_says_otherwise() -> None:
     mib = 2**20
-    assert (*DEFAULT, BYTES) == (1024, 4096, 1024, 1024, 4 * mib, 1024, 64 * mib)
+    assert (*DEFAULT, BYTES) == (1024, 4096, 1024, 1024, 4 * mib, 1024, 1024, 64 * mib)
 
 
 def test_the_tables_of_the_ledger_are_what_is_shared_out() -> None:
@@ -144,7 +144,7 @@ def test_an_account_says_what_is_used() -> None:
     made = quotas()
     made.add(made.account(ALICE), "closes", 3)
     assert repr(made.account(ALICE)) == (
-        "<Account of uid 1001: sessions=0 loans=0 entries=0 waiting=0 bytes=0 closes=3>"
+        "<Account of uid 1001: sessions=0 loans=0 entries=0 waiting=0 bytes=0 closes=3 inflight=0>"
     )
 
 
