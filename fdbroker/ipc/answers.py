@@ -158,7 +158,7 @@ class Answers(Door):
         if queued[0] >= LEAST_QUEUED:
             self._wait_until_read(connection, Unsent(seq, offset, fresh))
             return
-        if fresh is None and wish is not None and wish.readonly:
+        if wish.readonly and fresh is None:
             sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
             try:
                 self.lender.quotas.check(connection.account, "closes", len(sysfds))
@@ -176,7 +176,7 @@ class Answers(Door):
             data = encode_grant(seq, len(entries), len(fds), session.since)
             count, rights = len(fds), unix.rights(fds)
         try:
-            if count != connection.inflight and connection.account.limited:
+            if count != connection.inflight:
                 self._check_inflight(connection, count)
                 self._note_inflight(connection, count)
             connection.sock.sendmsg((data,), rights, SEND_NOW)

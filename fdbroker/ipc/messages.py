@@ -56,6 +56,7 @@ REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
 HEAD_BYTES, unpack_head = HEAD.size, HEAD.unpack_from
+TAIL = slice(HEAD_BYTES, None)  # what follows it
 UINT64 = 0xCF  # msgpack's
 KNOWN_REQUESTS = 512  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 256
@@ -266,7 +267,7 @@ def remember(known: dict[bytes, tuple[int, Any]], data: bytes, verb: int, fields
     if data[1:3] == bytes((verb, UINT64)) and len(data) <= KNOWN_BYTES:
         if len(known) >= KNOWN_REQUESTS:
             known.clear()
-        known[data[:3] + data[HEAD_BYTES:]] = verb, fields
+        known[data[:3] + data[TAIL]] = verb, fields
 
 
 def _check(code: int, fields: list[Any]) -> Any:

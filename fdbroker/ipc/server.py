@@ -44,10 +44,10 @@ from fdbroker.ipc.limits import descriptors_in_use
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
-    HEAD_BYTES,
     HELLO,
     PUT,
     RETURN,
+    TAIL,
     VERBS,
     VERSION,
     decode_request,
@@ -216,7 +216,7 @@ class Server(Answers):
                     return
                 try:
                     head, seq = unpack_head(data)
-                    verb, fields = known[head + data[HEAD_BYTES:]]
+                    verb, fields = known[head + data[TAIL]]
                 except (KeyError, struct.error):
                     self._receive_unusual(connection, data)
                     return

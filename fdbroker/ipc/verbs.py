@@ -213,7 +213,7 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 def _lent(lender: Lender, cursor: int, index: int) -> Iterator[tuple[Session, int, Wish]]:
     """Every entry of every loan from there on: who has it, its place in the loan, the wish."""
     for holder in lender.sessions_from(cursor):
-        if holder.wish is not None and holder.state == LENT:
+        if holder.state == LENT:
             for place in range(index if holder.slot == cursor else 0, len(holder.entries)):
                 yield holder, place, holder.wish
 

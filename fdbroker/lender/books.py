@@ -32,6 +32,7 @@ from fdbroker.lender.parts import (
     IDLE,
     LENT,
     LIVE,
+    NO_WISH,
     RETIRING,
     WAITING,
     Entry,
@@ -118,10 +119,9 @@ class Books:
 
     def hold(self, session: Session) -> None:
         """The session has its loan: each of the entries is one reference longer open."""
-        assert session.wish is not None
-        slot, exclusive = session.slot, session.wish.exclusive
-        session.account.loans += len(session.entries)
-        for entry in session.entries:
+        slot, entries, exclusive = session.slot, session.entries, session.wish.exclusive
+        session.account.loans += len(entries)
+        for entry in entries:
             entry.fd.incref()
             entry.holders[slot] = session
             entry.held_exclusively = exclusive
@@ -141,7 +141,6 @@ class Books:
 
     def stand_in_line(self, session: Session) -> None:
         """The session waits for all entries of its wish."""
-        assert session.wish is not None
         self.waiting += 1
         session.account.loans += len(session.entries)  # as it may have so many, when its turn comes
         self.quotas.add(session.account, "waiting")
@@ -166,8 +165,7 @@ class Books:
         self._step_out(session)
         self._give_cells(session)
         wish, entries = session.wish, session.entries
-        assert wish is not None
-        session.wish, session.entries = None, ()
+        session.wish, session.entries = NO_WISH, ()
         self._serve_lines(wish, entries, now)
 
     def _give_cells(self, session: Session) -> None:
@@ -187,7 +185,6 @@ class Books:
         ready: list[Session] = []
         passed_over = False  # somebody who conflicts with later exclusive ones
         for session in entry.line.values():
-            assert session.wish is not None
             if session.wish.exclusive:
                 if not ready and not passed_over and self._grantable(session, refused):
                     ready.append(session)
@@ -206,7 +203,6 @@ class Books:
 
     def _grantable(self, session: Session, refused: set[int]) -> bool:
         wish, arrival = session.wish, session.arrival
-        assert wish is not None
         if session.slot in refused:
             return False
         for entry in dict.fromkeys(session.entries):
@@ -256,7 +252,6 @@ class Books:
         holders: dict[int, tuple[int, int, float, bool]] = {}
         for entry in held:
             for slot, holder in islice(entry.holders.items(), HOLDERS_NAMED):
-                assert holder.wish is not None
                 peer, seconds_held = holder.peer, (now - holder.since) / SECOND
                 holders[slot] = peer.pid, peer.uid, seconds_held, holder.wish.exclusive
         return BorrowTimeout(busy[0].name, seconds, list(holders.values())[:HOLDERS_NAMED])
@@ -266,7 +261,6 @@ class Books:
         seconds = (now - session.asked) / SECOND
         error: FDBrokerError
         if session.state == WAITING:
-            assert session.wish is not None
             error = self._timed_out(session.wish, session.entries, session.arrival, seconds, now)
             self._leave_line(session, now)
         else:

@@ -44,6 +44,7 @@ from fdbroker.lender.parts import (
     LENT,
     LIVE,
     NAMELESS,
+    NO_WISH,
     RETIRING,
     WAITING,
     Entry,
@@ -158,9 +159,9 @@ class Lender(Books):
     def give_back(self, session: Session, seq: int, now: int) -> None:
         """A RETURN, or whatever else ends a loan.  `ProtocolError` if there is none."""
         wish, entries, slot = session.wish, session.entries, session.slot
-        if session.state != LENT or wish is None:
+        if session.state != LENT:
             raise out_of_turn(session, "a return without a loan")
-        session.seq, session.state, session.wish, session.entries = seq, IDLE, None, ()
+        session.seq, session.state, session.wish, session.entries = seq, IDLE, NO_WISH, ()
         session.record[COMMIT] = seq << STATE_BITS | IDLE
         session.account.loans -= len(entries)
         others_concerned = False

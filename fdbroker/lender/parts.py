@@ -132,6 +132,9 @@ class Wish:
         self.shape = shape(len(names), flags, len(self.purpose_bytes))
 
 
+NO_WISH = Wish(())
+
+
 class Session:
     """One connection of a client process: at most one loan, or one wait.  Those are not objects of
     their own: what `wish` got, or waits for, is `entries`, and the rest is beside it."""
@@ -168,7 +171,7 @@ class Session:
         self.record = record  # its words in the ledger
         self.seq = 0  # of the last message that was acted upon
         self.state = IDLE
-        self.wish: Wish | None = None  # while WAITING or LENT; then, too:
+        self.wish = NO_WISH  # unless WAITING or LENT; then it has, too:
         self.entries: Sequence[Entry] = ()  # in the order of the wish
         self.cells: Sequence[int] = ()  # of the ledger, for all entries but the first
         self.borrow_seq = 0  # of its request; with the session's id it names the loan

@@ -7,7 +7,18 @@ import os
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.load import load
-from fdbroker.lender.parts import CLOSING, IDLE, LENT, LIVE, WAITING, Entry, Peer, Session, Wish
+from fdbroker.lender.parts import (
+    CLOSING,
+    IDLE,
+    LENT,
+    LIVE,
+    NO_WISH,
+    WAITING,
+    Entry,
+    Peer,
+    Session,
+    Wish,
+)
 from fdbroker.rc import FD
 
 SECOND = 1_000_000_000
@@ -194,10 +205,10 @@ def view_session(session) -> dict:
         "does": DOES[session.state],
     }
     wish = session.wish
-    assert (wish is not None) == (session.state in (WAITING, LENT))
-    assert bool(session.entries) == (wish is not None)
+    assert (wish is not NO_WISH) == (session.state in (WAITING, LENT))
+    assert bool(session.entries) == (wish is not NO_WISH)
     assert (session.awaited is not None) == (session.state == CLOSING)
-    if wish is not None:
+    if wish is not NO_WISH:
         seen["loan"] = (
             session.borrow_seq,
             [entry.slot for entry in session.entries],

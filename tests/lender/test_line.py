@@ -15,7 +15,7 @@ from fdbroker.errors import (
 )
 from fdbroker.lender.books import HOLDERS_NAMED
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import IDLE, LENT, WAITING, Wish
+from fdbroker.lender.parts import IDLE, LENT, NO_WISH, WAITING, Wish
 
 from .kit import SECOND, Rig
 
@@ -194,7 +194,7 @@ def test_an_unknown_name_among_several_leaves_nothing_behind(lot: Rig):
     with pytest.raises(UnknownTicket):
         lot.borrow(client, "a", b"no such ticket")
     assert lot.ledger.buffer == before
-    assert (client.state, client.seq, client.wish) == (IDLE, 0, None)
+    assert (client.state, client.seq, client.wish) == (IDLE, 0, NO_WISH)
 
 
 def test_what_cannot_be_a_name_is_said_to_be_none(lot: Rig):
@@ -210,7 +210,7 @@ def test_a_loan_that_could_not_be_sent_is_taken_back(lot: Rig):
     lot.borrow(waiting, "a")
     lot.lender.take_back(holder, lot.now)
     assert lot.granted() == [waiting]
-    assert (holder.state, holder.seq, holder.wish) == (IDLE, 1, None)
+    assert (holder.state, holder.seq, holder.wish) == (IDLE, 1, NO_WISH)
 
 
 def test_a_nameless_entry_is_borrowed_by_its_ticket(lot: Rig):
@@ -495,7 +495,7 @@ def test_no_room_for_a_loan_of_several_leaves_nothing_behind():
             rig.borrow(second, "a", "b", "c", exclusive=exclusive)
         assert caught.value.limit == 3
     assert rig.ledger.buffer == before
-    assert (second.state, second.wish, rig.lender.waiting) == (IDLE, None, 0)
+    assert (second.state, second.wish, rig.lender.waiting) == (IDLE, NO_WISH, 0)
     assert rig.lender.names["a"].fd.refs == 2
     assert rig.borrow(second, "a", "b")  # one cell is left, and it is enough
     rig.give_back(second)

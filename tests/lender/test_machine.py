@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from fdbroker.errors import FDBrokerError
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import Peer, Wish
+from fdbroker.lender.parts import NO_WISH, Peer, Wish
 
 from .kit import (
     ROOM,
@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
     def drain(self) -> list:
         decided = list(self.lender.decisions)
         for session, _, error in decided:
-            assert error is None or session.wish is None
+            assert error is None or session.wish is NO_WISH
         self.lender.decisions.clear()
         self.at_closer += self.lender.closings
         self.lender.closings.clear()

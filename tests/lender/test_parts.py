@@ -33,7 +33,7 @@ def test_a_new_session_does_nothing_and_has_nothing() -> None:
         account=account,
         seq=0,
         state=parts.IDLE,
-        wish=None,
+        wish=parts.NO_WISH,
         entries=(),
         cells=(),
         borrow_seq=0,
