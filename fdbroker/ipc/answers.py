@@ -87,22 +87,25 @@ class Answers(Door):
         except OSError:
             self.end(connection)
 
-    def _hang_up(self, connection: Connection) -> None:
-        self.unwatch(connection.number)
+    def hung_up(self, connection: Connection) -> None:
+        """As `Door.hung_up`, but the socket stays as long as descriptors are in flight to it.
+
+        None are in flight from it any more: one of those may be its client's own end, which would
+        then be there for ever.
+        """
         if connection.inflight and unread_bytes(connection.number):
-            unix.shut_down(connection.sock)
             self._hung_up.add(connection)
             self.watch(connection.number, self._part, connection)
             self.rewatch(connection.number, EMPTIED, self._part, connection)
             return
-        super()._hang_up(connection)
+        super().hung_up(connection)
 
     def _part(self, connection: Connection, events: int) -> None:
         """It was hung up on, and has read a message, or is gone."""
         if not unread_bytes(connection.number):
             self._hung_up.remove(connection)
             self.unwatch(connection.number)
-            super()._hang_up(connection)
+            super().hung_up(connection)
 
     def _note_unread(self, connection: Connection, size: int) -> None:
         """So much lies unread at it, as far as we know."""

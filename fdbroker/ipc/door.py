@@ -134,17 +134,18 @@ class Door(Loop):
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:
-        """The end of its socket: what it may have brought unread can take long to close."""
+        """The end of its session: what it may have brought unread can take long to close."""
+        self.unwatch(connection.number)
         unix.shut_down(connection.sock)
         if connection.brings_descriptors:
             self.workers.submit(HangUp(connection))
         else:
             unix.drain(connection.sock)
-            connection.sock.close()
             self.hung_up(connection)
 
     def hung_up(self, connection: Connection) -> None:
-        """Its socket is closed."""
+        """What it sent and we had not received is closed; so is its socket now."""
+        connection.sock.close()
         self.lender.quotas.add(connection.account, "inflight", -connection.inflight)
         self.release(connection.account, "sessions", 1)
 

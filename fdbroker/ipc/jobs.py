@@ -155,7 +155,8 @@ class Discard(Job):
 
 
 class HangUp(Job):
-    """Close the socket of a session that was shut down, with what is unread in it."""
+    """Close what is unread in the socket of a session that was shut down, then the socket, unless
+    that is still asked what its client has not received."""
 
     account: Account
     lane = CLOSING
@@ -165,12 +166,14 @@ class HangUp(Job):
         self.account = connection.account
 
     def run(self) -> None:
-        with self._connection.sock as sock:
-            for fds in unix.never_read(sock):
-                begun = thread_time()
-                close_each(fds)
-                if self.account.limited:
-                    sleep(GENTLY * (thread_time() - begun))
+        sock = self._connection.sock
+        for fds in unix.never_read(sock):
+            begun = thread_time()
+            close_each(fds)
+            if self.account.limited:
+                sleep(GENTLY * (thread_time() - begun))
+        if not self._connection.inflight:
+            sock.close()
 
     def finish(self, server: Server) -> None:
         server.hung_up(self._connection)

@@ -92,6 +92,7 @@ class Server(Answers):
                 "event=end loans=%d note=these-stay-with-their-borrowers", self.lender.loans
             )
         for connection in list(self._connections.values()):
+            connection.inflight = 0  # nobody asks any more
             self._hang_up(connection)
         for connection in self._hung_up:
             connection.sock.close()
