@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from ruled import ALICE, BOB, Ruled, rule, session_as
-from support import BORROW, RETURN, SHARED, Raw, wait_until
+from support import BORROW, PUT, RETURN, SHARED, Raw, stopped, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
@@ -77,7 +77,8 @@ def test_who_receives_nothing_has_a_half_at_most(ruled: Ruled) -> None:
         receive(crowd[0], 1)
         borrow(crowd[2], 2, 20)  # there is room again
         assert receive(crowd[2], 2) == 20
-    wait_until(lambda: not in_flight(ruled))
+    wait_until(lambda: not ruled.client.loans())
+    assert not in_flight(ruled)
 
 
 def test_it_stays_on_the_account_of_who_was_hung_up_on(ruled: Ruled) -> None:
@@ -99,6 +100,17 @@ def test_it_stays_on_the_account_of_who_was_hung_up_on(ruled: Ruled) -> None:
         other.sock.send(b"\xc1")
         wait_until(lambda: not ruled.client.loans())
         assert in_flight(ruled) == 40
+    wait_until(lambda: ALICE not in {usage.uid for usage in ruled.client.usage()})
+
+
+def test_who_was_hung_up_on_sent_its_own_end(ruled: Ruled) -> None:
+    """It is in the broker's queue, and the client is gone: nothing else ends it."""
+    ruled.set_rules(rule("borrow", "put", uid=ALICE))
+    with session_as(ruled.address, ALICE, puts=True) as offender:
+        borrow(offender, 1, 40)
+        with stopped(ruled.pid):  # else it might be shut down before the second is sent
+            offender.sock.send(b"\xc1")
+            offender.send(PUT, 2, "b", 0, fds=[offender.sock.fileno()])
     wait_until(lambda: ALICE not in {usage.uid for usage in ruled.client.usage()})
 
 
