@@ -59,7 +59,6 @@ class Answers(Door):
     def __init__(self, listener: Listener, lender: Lender) -> None:
         super().__init__(listener, lender)
         self._connections: dict[int, Connection] = {}  # by socket number
-        self._hung_up: set[Connection] = set()  # while descriptors are in flight to them
 
     @abstractmethod
     def _serve(self, connection: Connection, events: int) -> None:
@@ -94,7 +93,6 @@ class Answers(Door):
         then be there for ever.
         """
         if connection.inflight and unread_bytes(connection.number):
-            self._hung_up.add(connection)
             self.watch(connection.number, self._part, connection)
             self.rewatch(connection.number, EMPTIED, self._part, connection)
             return
@@ -103,7 +101,6 @@ class Answers(Door):
     def _part(self, connection: Connection, events: int) -> None:
         """It was hung up on, and has read a message, or is gone."""
         if not unread_bytes(connection.number):
-            self._hung_up.remove(connection)
             self.unwatch(connection.number)
             super().hung_up(connection)
 

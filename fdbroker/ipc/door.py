@@ -55,6 +55,7 @@ class Door(Loop):
         self._resume_at = 0  # if it pauses, and nothing becomes free before
         self._rest_until = 0
         self._offences = 0  # since the last rest
+        self._hung_up: set[Connection] = set()  # that are not closed yet
         self._awaited: dict[Connection, int] = {}  # until when each must have done so, in order
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(self._number, self._accept)
@@ -135,6 +136,7 @@ class Door(Loop):
 
     def _hang_up(self, connection: Connection) -> None:
         """The end of its session: what it may have brought unread can take long to close."""
+        self._hung_up.add(connection)
         self.unwatch(connection.number)
         unix.shut_down(connection.sock)
         if connection.brings_descriptors:
@@ -145,6 +147,7 @@ class Door(Loop):
 
     def hung_up(self, connection: Connection) -> None:
         """What it sent and we had not received is closed; so is its socket now."""
+        self._hung_up.remove(connection)
         connection.sock.close()
         self.lender.quotas.add(connection.account, "inflight", -connection.inflight)
         self.release(connection.account, "sessions", 1)

@@ -155,8 +155,7 @@ class Discard(Job):
 
 
 class HangUp(Job):
-    """Close what is unread in the socket of a session that was shut down, then the socket, unless
-    that is still asked what its client has not received."""
+    """Close what is unread in the socket of a session that was shut down."""
 
     account: Account
     lane = CLOSING
@@ -166,14 +165,12 @@ class HangUp(Job):
         self.account = connection.account
 
     def run(self) -> None:
-        sock = self._connection.sock
-        for fds in unix.never_read(sock):
+        for fds in unix.never_read(self._connection.sock):
             begun = thread_time()
             close_each(fds)
             if self.account.limited:
                 sleep(GENTLY * (thread_time() - begun))
-        if not self._connection.inflight:
-            sock.close()
+        self._connection.brings_descriptors = False
 
     def finish(self, server: Server) -> None:
         server.hung_up(self._connection)

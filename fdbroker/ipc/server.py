@@ -92,13 +92,13 @@ class Server(Answers):
                 "event=end loans=%d note=these-stay-with-their-borrowers", self.lender.loans
             )
         for connection in list(self._connections.values()):
-            connection.inflight = 0  # nobody asks any more
             self._hang_up(connection)
-        for connection in self._hung_up:
-            connection.sock.close()
         self._epoll.close()
         self.workers.close()
         self.listener.close()
+        for connection in self._hung_up:
+            if not connection.brings_descriptors:  # else a close may wait, as it is for a worker
+                connection.sock.close()
 
     def set_rules(self, rules: tuple[Rule, ...], quota: Quota = DEFAULT) -> None:
         """From now on these say who may do what, and have how much, beside root and the broker's

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -26,13 +27,17 @@ SOON = 1.0  # seconds: what "at once" is, on a busy machine
 
 
 @pytest.fixture
-def temp(tmp_path, monkeypatch):
-    """The folder for temporary files, of this test alone; nothing may be left in it."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setenv("PYTHONWARNINGS", "error")  # for the broker process
-    yield tmp_path
-    assert os.listdir(tmp_path) == []
+def temp(monkeypatch):
+    """The folder for temporary files, of this test alone; nothing may be left in it.
+
+    Not `tmp_path`, which may be too long for a socket in it.
+    """
+    with tempfile.TemporaryDirectory(prefix="fdbroker-life-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr("tempfile.tempdir", None)
+        monkeypatch.setenv("PYTHONWARNINGS", "error")  # for the broker process
+        yield Path(folder)
+        assert os.listdir(folder) == []
 
 
 class Owner(Puppet):
