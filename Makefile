@@ -20,7 +20,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/pool_shared_file.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
 long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long
