@@ -6,8 +6,7 @@ answer to one whose uid leaves too much unread.
 The kernel counts descriptors in flight, sent and not received, by the uid of the sender (unix(7),
 ETOOMANYREFS): clients that read nothing would use up what there is for the others.  So a message
 with descriptors is only sent when the client has read the one before it, and within the quota of
-its uid.  What we hang up on keeps its charge until it was read, or the client is gone; until then
-the socket stays open, or we could not ask.
+its uid.  What we hang up on keeps its charge until that was read, or the client is gone (door.py).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import logging
 import select
 from abc import abstractmethod
 from fcntl import ioctl
+from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
@@ -34,6 +34,7 @@ from fdbroker.ipc.messages import (
     pack_grant,
 )
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
+from fdbroker.lender.books import SECOND
 
 if TYPE_CHECKING:
     from fdbroker.ipc.jobs import Request
@@ -42,15 +43,11 @@ if TYPE_CHECKING:
     from fdbroker.lender.quotas import Account
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
+REST_OF_LOOKS = 16  # times as long as the looks at all sessions take, the loop does other things,
+SAVED = SECOND // 10  # and has done them before in so much of the time
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 
 log = logging.getLogger("fdbroker")
-
-
-def unread_bytes(number: int) -> int:
-    """How much of what was sent on this socket its peer has not read."""
-    ioctl(number, SIOCOUTQ, QUEUED)
-    return queued[0] if queued[0] >= LEAST_QUEUED else 0
 
 
 class Answers(Door):
@@ -59,6 +56,7 @@ class Answers(Door):
     def __init__(self, listener: Listener, lender: Lender) -> None:
         super().__init__(listener, lender)
         self._connections: dict[int, Connection] = {}  # by socket number
+        self._look_again_at = 0  # at all of them
 
     @abstractmethod
     def _serve(self, connection: Connection, events: int) -> None:
@@ -72,9 +70,11 @@ class Answers(Door):
         """Send a message without descriptors, now or never."""
         if connection.state == ENDED:
             return
-        unread = unread_bytes(connection.number)
+        unread = connection.unread_bytes()
         self._note_unread(connection, unread + len(data))
-        if unread and self._reads_too_little(connection.account):
+        if not unread:
+            self._note_inflight(connection, 0)
+        elif self._reads_too_little(connection.account):
             log.warning("event=ended %s reason=its-uid-reads-too-little", connection)
             self.end(connection)
             return
@@ -86,24 +86,6 @@ class Answers(Door):
         except OSError:
             self.end(connection)
 
-    def hung_up(self, connection: Connection) -> None:
-        """As `Door.hung_up`, but the socket stays as long as descriptors are in flight to it.
-
-        None are in flight from it any more: one of those may be its client's own end, which would
-        then be there for ever.
-        """
-        if connection.inflight and unread_bytes(connection.number):
-            self.watch(connection.number, self._part, connection)
-            self.rewatch(connection.number, EMPTIED, self._part, connection)
-            return
-        super().hung_up(connection)
-
-    def _part(self, connection: Connection, events: int) -> None:
-        """It was hung up on, and has read a message, or is gone."""
-        if not unread_bytes(connection.number):
-            self.unwatch(connection.number)
-            super().hung_up(connection)
-
     def _note_unread(self, connection: Connection, size: int) -> None:
         """So much lies unread at it, as far as we know."""
         self.lender.quotas.add(connection.account, "bytes", size - connection.unread)
@@ -114,15 +96,23 @@ class Answers(Door):
         quotas = self.lender.quotas
         if account.bytes <= quotas.limit(account, "bytes"):
             return False
-        self.look_at_unread(account)
+        self._look_at_unread(account)
         # well below it, so that not each answer from now on has us ask again
         return account.bytes > quotas.limit(account, "bytes") * 3 // 4
 
-    def look_at_unread(self, account: Account | None = None) -> None:
-        """Ask how much of what was sent is unread, by the sessions of one account or of all."""
+    def look_at_all(self) -> None:
+        """Ask all sessions how much of what was sent is unread.  Where these are so many, and are
+        asked so often, that it has taken too much time, what is known has to do."""
+        if self.now >= self._look_again_at:
+            begun = monotonic_ns()
+            self._look_at_unread()
+            rest = REST_OF_LOOKS * (monotonic_ns() - begun)
+            self._look_again_at = max(self._look_again_at, self.now - SAVED) + rest
+
+    def _look_at_unread(self, account: Account | None = None) -> None:
         for connection in self._connections.values():
             if (connection.unread or connection.inflight) and account in (None, connection.account):
-                unread = unread_bytes(connection.number)
+                unread = connection.unread_bytes()
                 self._note_unread(connection, unread)
                 if not unread:
                     self._note_inflight(connection, 0)
@@ -142,7 +132,7 @@ class Answers(Door):
         try:
             quotas.check(connection.account, "inflight", more)
         except QuotaExceeded:
-            self.look_at_unread()
+            self.look_at_all()
             quotas.check(connection.account, "inflight", count)
 
     def hand_over(
@@ -154,7 +144,7 @@ class Answers(Door):
         """
         session = connection.session
         entries, wish = session.entries, session.wish
-        ioctl(connection.number, SIOCOUTQ, QUEUED)  # as `unread_bytes`; a call of ours is slower
+        ioctl(connection.number, SIOCOUTQ, QUEUED)  # `unread_bytes`; a call of ours is slower
         if queued[0] >= LEAST_QUEUED:
             self._wait_until_read(connection, Unsent(seq, offset, fresh))
             return
@@ -214,7 +204,7 @@ class Answers(Door):
         """The client has read a message, or is gone; then what it sent before is received."""
         unsent = connection.unsent
         assert unsent is not None
-        if not events & GONE and unread_bytes(connection.number):
+        if not events & GONE and connection.unread_bytes():
             return
         self.rewatch(connection.number, READABLE, self._serve, connection)
         self.has_come(connection)

@@ -14,11 +14,13 @@ the lender's to know.)
 from __future__ import annotations
 
 from collections.abc import Callable
+from fcntl import ioctl
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import MESSAGE_BYTES
+from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SIOCOUTQ, queued
 from fdbroker.lender.parts import FREE, Peer, Session
 from fdbroker.lender.quotas import Account
 from fdbroker.lender.rules import NO_RIGHTS
@@ -109,6 +111,11 @@ class Connection:
             if self.state == READY:
                 self.state = LADEN
         return data
+
+    def unread_bytes(self) -> int:
+        """How much of what it was sent it has not read, as the kernel says now."""
+        ioctl(self.number, SIOCOUTQ, QUEUED)
+        return queued[0] if queued[0] >= LEAST_QUEUED else 0
 
     def __str__(self) -> str:
         return f"pid={self.peer.pid} uid={self.peer.uid}"

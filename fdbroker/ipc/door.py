@@ -24,7 +24,7 @@ from fdbroker.ipc.connection import GREETING, Connection
 from fdbroker.ipc.jobs import HangUp
 from fdbroker.ipc.limits import descriptors_in_use, limit
 from fdbroker.ipc.loop import Loop
-from fdbroker.ipc.messages import encode_error
+from fdbroker.ipc.messages import DESCRIPTORS, encode_error
 from fdbroker.lender.books import SECOND
 from fdbroker.lender.parts import Peer
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 RESERVE = 4
 OFFENCES = 8  # by those who may not do all, after which nobody is accepted for the time of a REST,
 REST = SECOND // 1000  # which is short: who comes behind a queue full of such waits for all of them
+ASK = SECOND // 4  # until we ask again who was hung up on whether that has read
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
 
@@ -56,6 +57,7 @@ class Door(Loop):
         self._rest_until = 0
         self._offences = 0  # since the last rest
         self._hung_up: set[Connection] = set()  # that are not closed yet
+        self._ask_at = 0  # whether these were read, if any of them has something in flight
         self._awaited: dict[Connection, int] = {}  # until when each must have done so, in order
         unix.refuse_descriptors(listener.sock)  # connections inherit it
         self.watch(self._number, self._accept)
@@ -135,18 +137,43 @@ class Door(Loop):
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:
-        """The end of its session: what it may have brought unread can take long to close."""
+        """The end of its session."""
         self._hung_up.add(connection)
         self.unwatch(connection.number)
         unix.shut_down(connection.sock)
-        if connection.brings_descriptors:
-            self.workers.submit(HangUp(connection))
-        else:
+        if not connection.brings_descriptors:
             unix.drain(connection.sock)
-            self.hung_up(connection)
+        self.empty(connection)
 
-    def hung_up(self, connection: Connection) -> None:
-        """What it sent and we had not received is closed; so is its socket now."""
+    def empty(self, connection: Connection) -> None:
+        """It was hung up on: close what it sent and we had not received, then its socket.
+
+        What comes out of it gets numbers as far as there is room on its account, and as much again:
+        these are not what its uid asked for, and must not use up what it may have.
+        """
+        if not connection.brings_descriptors:
+            self._part(connection)
+            return
+        most = DESCRIPTORS if connection.rights.admitted else 0
+        try:
+            self.lender.quotas.check(connection.account, "closes", 2 * most)
+        except FDBrokerError:
+            most = 0
+        self.lender.quotas.add(connection.account, "closes", most)
+        self.workers.submit(HangUp(connection, most))
+
+    def _part(self, connection: Connection) -> None:
+        """Close its socket, now or when no descriptors are in flight to it any more: once it is
+        closed, we could not ask.
+
+        It is not watched meanwhile, since its peer could make events as it likes.
+        """
+        if connection not in self._hung_up:  # a worker had found it empty, and we looked
+            return
+        if connection.inflight and connection.unread_bytes():
+            self._ask_at = self._ask_at or self.now + ASK
+            self._set_alarm()
+            return
         self._hung_up.remove(connection)
         connection.sock.close()
         self.lender.quotas.add(connection.account, "inflight", -connection.inflight)
@@ -185,13 +212,21 @@ class Door(Loop):
             return
         if self.lender.quotas.free_descriptors > 0:
             self._resume_at = 0
-            self.watch(self._number, self._accept)
+            try:
+                self.watch(self._number, self._accept)
+            except OSError as error:  # as in `_accept`
+                self._cannot_accept(error.strerror)
+                self._resume_after(PAUSE)
 
     def ring(self) -> None:
         """The pause is over, or somebody has done nothing for too long."""
         if self._resume_at and self.now >= self._resume_at:
             self._resume_at = 0
             self.resume_accepting()
+        if self._ask_at and self.now >= self._ask_at:
+            self._ask_at = 0
+            for connection in [one for one in self._hung_up if not one.brings_descriptors]:
+                self._part(connection)
         for connection in [one for one, until in self._awaited.items() if until <= self.now]:
             reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"
             log.warning("event=ended %s reason=%s", connection, reason)
@@ -199,5 +234,5 @@ class Door(Loop):
         self._set_alarm()
 
     def _set_alarm(self) -> None:
-        times = next(iter(self._awaited.values()), 0), self._resume_at
+        times = next(iter(self._awaited.values()), 0), self._resume_at, self._ask_at
         self.alarm = min(filter(None, times), default=0)

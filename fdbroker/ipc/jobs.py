@@ -142,6 +142,7 @@ class Discard(Job):
     closes."""
 
     lane = CLOSING
+    awaited = False
 
     def __init__(self, fds: list[int], account: Account) -> None:
         self.account = account
@@ -155,25 +156,36 @@ class Discard(Job):
 
 
 class HangUp(Job):
-    """Close what is unread in the socket of a session that was shut down."""
+    """Take a message out of the socket of a session that was shut down, and close what came with
+    it: it was never received, and a close of the socket would do the same, and might wait.
+
+    `most` of that, which are on the account's closes, can be told not to linger.
+    """
 
     account: Account
     lane = CLOSING
+    awaited = False
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, most: int) -> None:
         self.account = connection.account
+        self.most = most
+        self._connection = connection
 
     def run(self) -> None:
-        for fds in unix.never_read(self._connection.sock):
-            begun = thread_time()
-            close_each(fds)
-            if self.account.limited:
-                sleep(GENTLY * (thread_time() - begun))
-        self._connection.brings_descriptors = False
+        begun = thread_time()
+        fds = unix.receive_last(self._connection.sock, self.most)
+        if fds is None:
+            self._connection.brings_descriptors = False
+            return
+        close_each(fds)
+        if not self._connection.rights.unlimited:
+            sleep(GENTLY * (thread_time() - begun))
 
     def finish(self, server: Server) -> None:
-        server.hung_up(self._connection)
+        server.release(self.account, "closes", self.most)
+        if self.failure:
+            self._connection.brings_descriptors = False
+        server.empty(self._connection)
 
 
 def close_each(fds: list[int]) -> None:

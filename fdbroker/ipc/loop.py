@@ -81,7 +81,10 @@ class Loop(ABC):
                 self.settle()
             if self.alarm and self.now >= self.alarm:
                 self.alarm = 0
-                self.ring()
+                try:
+                    self.ring()
+                except Exception:
+                    log.exception("event=error alarm")
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
@@ -100,7 +103,7 @@ class Loop(ABC):
 
     def _finished(self) -> bool:
         """Whether a drain is over."""
-        done = not self.lender.entries and not self.workers.pending
+        done = not self.lender.entries and not self.workers.awaited
         return done or (self._deadline is not None and self.now >= self._deadline)
 
     def _patience(self) -> float | None:

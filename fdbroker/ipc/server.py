@@ -130,7 +130,7 @@ class Server(Answers):
         served: set[Account] = set()
         for event in happened:
             action, about = self._watched.get(event[0], UNWATCHED)
-            if action == self._accept:
+            if action == self._accept or action == self._send_unsent:
                 later.append(event)
                 continue
             if action == self._serve and about.account.limited:

@@ -175,20 +175,20 @@ def drain(sock: _socket.socket) -> None:
             pass
 
 
-def never_read(sock: _socket.socket) -> Iterator[list[int]]:
-    """What is left in a socket that was shut down: message by message its descriptors, which are
-    the caller's.  Else close(2) would close them, and wait where closing one takes long."""
+def receive_last(sock: _socket.socket, most: int) -> list[int] | None:
+    """Take one message out of a socket that was shut down: its descriptors, which are the caller's;
+    None at the end.  No more than `most`, 0 or all that a message can have, are given numbers.
+
+    The others the kernel closes here, and so does close(2) with all that is left: it may take long.
+    """
     # a message has credentials now, however empty it is, and the end has none
     sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
-    room = ANCILLARY_BYTES + CREDENTIALS_BYTES
-    while True:
-        inbox = Inbox()
+    inbox, room = Inbox(), CREDENTIALS_BYTES + (ANCILLARY_BYTES if most else 0)
+    while not inbox.raw:
         with suppress(ConnectionResetError):  # said once, what is left comes after it
             inbox.raw.append(sock.recvmsg_into((bytearray(1),), room, RECEIVE_NOW))
-            inbox.sort()
-            if not inbox.raw[0][1]:
-                return
-            yield inbox.give_away()
+    inbox.sort()
+    return inbox.give_away() if inbox.raw[0][1] else None
 
 
 def credentials(sock: _socket.socket) -> tuple[int, int, int]:

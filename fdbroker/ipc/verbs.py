@@ -232,7 +232,7 @@ def usage(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     _require(at, IDLE, LENT)
     check_right(at, USAGE, "")
     server.lender.advance(at.session, seq)
-    server.look_at_unread()
+    server.look_at_all()
     quotas, following, rows = server.lender.quotas, 0, list[UsageRow]()
     for uid in sorted(uid for uid in quotas.accounts if uid >= cursor):
         if len(rows) == PAGE_ROWS:

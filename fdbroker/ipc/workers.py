@@ -56,6 +56,7 @@ class Job(ABC):
     """One slow thing."""
 
     lane = LOOKING
+    awaited = True  # whether the end of a drain waits for it
     account: Account | None = None  # for whom it is done; None: for the broker itself
     failure = ""  # what `run` raised, by a mistake of ours
 
@@ -137,6 +138,7 @@ class Workers:
         self._threads: list[threading.Thread] = []  # of jobs that have one of their own
         self.pending = 0  # jobs that are not finished, but for ...
         self.apart = 0  # ... those with a thread of their own
+        self.awaited = 0  # of the pending ones
         try:
             for lane in LANES:
                 self._lanes[lane] = Lane(self._work)
@@ -155,6 +157,7 @@ class Workers:
             self.apart += 1
         else:
             self.pending += 1
+            self.awaited += job.awaited
             self._lanes[job.lane].put(job)
 
     def finish(self, server: Server) -> None:
@@ -169,6 +172,7 @@ class Workers:
                 self.apart -= 1
             else:
                 self.pending -= 1
+                self.awaited -= job.awaited
                 self._lanes[job.lane].finished(job)
             try:
                 job.finish(server)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import open_files, targets, wait_until
+from support import STATS, Raw, open_files, stopped, targets, wait_until
 
 import fdbroker
 from fdbroker.errors import BrokerGone, CloseFailed
@@ -278,3 +279,17 @@ def test_one_uid_has_at_most_half_of_the_threads_that_others_left() -> None:
     assert len(lane.threads) == 5
     for thread in lane.threads:
         thread.join()
+
+
+@pytest.mark.parametrize("before", [[], [b"\xc1"]], ids=["unasked", "behind a fault"])
+def test_a_drain_does_not_wait_for_what_nobody_asked_for(tmp_path, stuck, before):
+    """Its close hangs, but no entry does."""
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("is_socket")) as (client, server):
+        with Raw(client.address) as raw, stopped(server.pid):
+            for message in before:
+                raw.send_bytes(message)
+            raw.send(STATS, 1, fds=[stuck])
+        wait_until(lambda: client.stats()["jobs"] == 1)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < SOON

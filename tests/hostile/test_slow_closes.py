@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from support import PUT, STATS, Raw, wait_until
+from support import PUT, STATS, Raw, stopped, targets, wait_until
 
 from .fuse import FLUSH, GETATTR, Hanging, mounted
 from .target import ALICE, ANSWERS, Target, become, meanwhile
@@ -99,6 +99,42 @@ def test_a_file_system_that_hangs_in_flush(target: Target, hanging: Hanging) -> 
         with hangs(target, hanging, FLUSH, attacker, b"gone"):
             (usage,) = (one for one in target.client.usage() if one.uid == ALICE)
             assert usage.used["closes"] == MANY
+    wait_until(lambda: not uses(target, ALICE))
+
+
+def test_what_was_never_received_and_hangs_in_flush(target: Target, hanging: Hanging) -> None:
+    """It was sent behind a fault: it has no more numbers than its uid may have."""
+    files = targets(target.pid)
+
+    def send(test: socket.socket) -> None:
+        become(ALICE)
+        with open(hanging.file) as file, ExitStack() as stack:
+            raws = [stack.enter_context(Raw(target.address)) for _ in range(MANY)]
+            test.send(b"opened")
+            test.recv(1)
+            with stack.pop_all():
+                for raw in raws:
+                    raw.sock.send(b"\xc1")
+                    for _ in range(2):
+                        raw.send(STATS, 1, fds=[file.fileno()] * 250)
+            test.send(b"gone")
+            test.recv(1)
+
+    with meanwhile(send) as attacker:
+        assert attacker.recv(100) == b"opened"
+        hanging.hang(FLUSH)
+        try:
+            with stopped(target.pid):  # else the first would be shut down before all is sent
+                attacker.send(b"x")
+                assert attacker.recv(100) == b"gone"
+            wait_until(lambda: hanging.hang(FLUSH) >= 1)
+            be_served(target)
+            assert target.counts()["jobs"] >= MANY
+            (usage,) = (one for one in target.client.usage() if one.uid == ALICE)
+            more = (targets(target.pid) - files).total()
+            assert 250 <= more <= MANY + usage.used["closes"] <= MANY + usage.limits["closes"]
+        finally:
+            hanging.let_go()
     wait_until(lambda: not uses(target, ALICE))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -455,3 +456,36 @@ def test_a_drain_that_leaves_newcomers_to_the_next_broker_stays_shut() -> None:
             assert not select.select([newcomer], [], [], 0.3)[0]  # it is queued
         crowd[0].sock.close()
         wait_until(lambda: not os.path.exists(f"/proc/{ruled.pid}/fd/0"))  # it has drained
+
+
+def no_watches() -> None:
+    """In the broker: after SIGUSR1 epoll watches nothing more, as at max_user_watches (epoll(7)),
+    which would take 10 GB to reach; after the next one it does again."""
+
+    def watch_if_there_is_one(server: Server, *arguments: Any) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        watch(server, *arguments)
+
+    def toggle(*_: object) -> None:
+        full.pop() if full else full.append(True)
+
+    full: list[bool] = []
+    watch, Server.watch = Server.watch, watch_if_there_is_one  # type: ignore[method-assign]
+    signal.signal(signal.SIGUSR1, toggle)
+
+
+def test_who_comes_waits_until_there_are_watches_again() -> None:
+    with Ruled(plant=no_watches) as ruled:
+        ruled.put("a")
+        ruled.set_rules(all_allowed(), all_allowed(BOB))
+        with session_as(ruled.address, ALICE) as raw:
+            os.kill(ruled.pid, signal.SIGUSR1)
+            session_as(ruled.address, BOB, hello=False).sock.close()  # which has it pause
+            with connected_as(ruled.address, BOB) as newcomer:
+                newcomer.send(b"\x94\0\0\1\xc2")
+                assert not select.select([newcomer], [], [], 1.5)[0]  # it has tried again
+                os.close(raw.borrow(1, "a"))
+                os.kill(ruled.pid, signal.SIGUSR1)
+                assert select.select([newcomer], [], [], 10)[0]
+        assert sum("accept-paused" in line for line in ruled.log()) == 1

@@ -6,11 +6,14 @@ import contextlib
 import os
 import resource
 import select
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 from ruled import ALICE, BOB, Ruled, rule, session_as
 from support import BORROW, PUT, RETURN, SHARED, Raw, stopped, wait_until
+
+from fdbroker.ipc.server import Server
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
@@ -18,6 +21,7 @@ CAROL = 65_000
 LIMIT = 100  # of descriptors of the broker, and so of those in flight
 HALF = LIMIT // 2
 EXCEEDED = 35
+LOOK = 0.01  # seconds that one takes
 
 
 def limited() -> None:
@@ -25,9 +29,14 @@ def limited() -> None:
 
 
 @contextlib.contextmanager
-def keeper() -> Iterator[Ruled]:
+def keeper(plant: Callable[[], object] = lambda: None) -> Iterator[Ruled]:
     """A broker that is not root: the kernel has it send no more than its limit."""
-    with Ruled(own_uid=BOB, plant=limited) as broker:
+
+    def planted() -> None:
+        limited()
+        plant()
+
+    with Ruled(own_uid=BOB, plant=planted) as broker:
         broker.put("a")
         broker.set_rules(rule("borrow", uid=ALICE), rule("borrow", uid=CAROL))
         yield broker
@@ -79,6 +88,47 @@ def test_who_receives_nothing_has_a_half_at_most(ruled: Ruled) -> None:
         assert receive(crowd[2], 2) == 20
     wait_until(lambda: not ruled.client.loans())
     assert not in_flight(ruled)
+
+
+def test_what_was_received_is_not_in_flight_though_more_is_unread(ruled: Ruled) -> None:
+    with session_as(ruled.address, ALICE) as offender, session_as(ruled.address, ALICE) as other:
+        borrow(offender, 1, 40)
+        assert receive(offender, 1) == 40
+        offender.sock.send(b"\xc1")
+        wait_until(lambda: not ruled.client.loans())
+        borrow(other, 1, 20)
+        assert receive(other, 1) == 20
+        assert in_flight(ruled) == 0
+        other.send(RETURN, 2)
+
+
+def test_looks_at_what_is_unread_take_a_small_part_of_the_time() -> None:
+    """Else who is refused again and again has the broker look at the sessions of all."""
+    reader, writer = os.pipe()
+    look = Server._look_at_unread
+
+    def slow(server: Server, *account: object) -> None:
+        os.write(writer, b"x")
+        begun = time.thread_time()
+        while time.thread_time() < begun + LOOK:  # as if it had thousands of them
+            look(server)
+
+    def plant() -> None:
+        Server._look_at_unread = slow  # type: ignore[method-assign]
+
+    with open(reader, "rb") as looks, keeper(plant) as ruled:
+        os.close(writer)
+        with session_as(ruled.address, ALICE) as first, session_as(ruled.address, ALICE) as other:
+            borrow(first, 1, 40)
+            begun = time.monotonic()
+            for seq in range(1, 301):
+                borrow(other, seq, 20)
+                assert receive(other, seq) == 0
+            took = time.monotonic() - begun
+            wait_until(lambda: in_flight(ruled) == 40)
+        wait_until(lambda: not ruled.client.loans())
+        count = len(os.read(looks.fileno(), 1000))
+        assert 1 <= count <= (took + 1.0) / (10 * LOOK)
 
 
 def test_it_stays_on_the_account_of_who_was_hung_up_on(ruled: Ruled) -> None:
