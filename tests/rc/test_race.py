@@ -276,7 +276,16 @@ def test_the_same_seed_is_the_same_round() -> None:
     assert choices(5) != choices(6)
 
 
-@pytest.mark.parametrize("patch", kit.MUTANTS, ids=lambda patch: patch.stem)
+RARE = "lost_wake_up", "looks_before_it_returns"  # which takes many rounds to be seen
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        pytest.param(patch, marks=pytest.mark.long if patch.stem in RARE else (), id=patch.stem)
+        for patch in kit.MUTANTS
+    ],
+)
 def test_a_mistake_is_caught(patch: Path, tmp_path: Path) -> None:
     rc = kit.mutant(patch, tmp_path)
     caught = sum(
