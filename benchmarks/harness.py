@@ -49,6 +49,7 @@ class Variant:
     against: str
     per: int = 1  # how much one run(1) does: 32 descriptors, say
     goal: float | None = None  # the ratio to reach
+    cycles: int | None = None  # in each round; None: as the topic says
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,30 @@ class Topic:
     cycles: int  # of that unit, for each variant in each round
     variants: tuple[Variant, ...]
     check: Check | None = None
+
+    def measure(self, rounds: int) -> Result:
+        return measure(self, rounds)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something that is counted once, not timed; `goal` is the most that it may be."""
+
+    name: str
+    unit: str
+    value: float
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A topic of such figures."""
+
+    name: str
+    take: Callable[[], Iterator[Figure]]
+
+    def measure(self, rounds: int) -> Result:
+        return {"unit": "each once", "figures": [asdict(figure) for figure in self.take()]}
 
 
 def needs(module: str, name: str) -> Any:
@@ -123,18 +148,20 @@ def measure(topic: Topic, rounds: int) -> Result:
                 "against": variant.against,
                 "goal": variant.goal,
                 "per": variant.per,
-                "runs": max(1, topic.cycles // variant.per),
+                "runs": max(1, (variant.cycles or topic.cycles) // variant.per),
                 "ns": [],
                 "switches": [],
             }
             taken.append((run, record))
         for run, record in taken:
             timed(run, record["runs"])  # warm-up
-        for _ in range(rounds):
+        for number in range(rounds):
+            print(f"{topic.name}: round {number + 1} of {rounds}", end="\r", file=sys.stderr)
             for run, record in taken:
                 ns, switches = timed(run, record["runs"])
                 record["ns"].append(ns)
                 record["switches"].append(switches)
+    print(file=sys.stderr)
     return {
         "unit": topic.unit,
         "check": asdict(topic.check) if topic.check else None,
@@ -187,7 +214,7 @@ def field(file: Path, key: str) -> str:
     return "unknown"
 
 
-def machine(cpu: int, policy: str) -> Result:
+def machine(cpu: int | None, policy: str) -> Result:
     """What the figures depend on, beside the code."""
     return {
         "cpu": field(Path("/proc/cpuinfo"), "model name"),

@@ -22,18 +22,33 @@ def table(result: Result) -> str:
     """The whole run in Markdown."""
     machine = result["machine"]
     gil = "on" if machine["gil"] else "off"
+    pinned = machine["pinned_to"]
+    placed = "not pinned" if pinned is None else f"all pinned to CPU {pinned}"
     where = (
         f"{machine['date']}, commit {machine['commit']}: {machine['cpu']}, {machine['cpus']} CPUs, "
-        f"all pinned to CPU {machine['pinned_to']}, policy {machine['policy']}, load "
+        f"{placed}, policy {machine['policy']}, load "
         f"{machine['load']:.2f}; Linux {machine['kernel']}; {machine['python']}, GIL {gil}; "
         f"{result['rounds']} rounds."
     )
     lines = [where]
     for name, topic in result["topics"].items():
-        lines += ["", f"### {name}: {topic['unit']}", "", *rows(topic), ""]
+        lines += ["", f"### {name}: {topic['unit']}", ""]
+        if "figures" in topic:
+            lines += figures(topic)
+            continue
+        lines += [*rows(topic), ""]
         lines += [f"Left out: {one}: {why}." for one, why in topic["left_out"].items()]
         lines += [judge(topic)[1]]
     return "\n".join(lines).rstrip()
+
+
+def figures(topic: Result) -> Iterator[str]:
+    """What was counted."""
+    yield "| what | figure | unit | at most |"
+    yield "|---|---|---|---|"
+    for figure in topic["figures"]:
+        goal = "" if figure["goal"] is None else f"{figure['goal']:g}"
+        yield f"| {figure['name']} | {figure['value']:,.1f} | {figure['unit']} | {goal} |"
 
 
 def rows(topic: Result) -> Iterator[str]:
@@ -57,7 +72,7 @@ def rows(topic: Result) -> Iterator[str]:
 
 def judge(topic: Result) -> tuple[str, str]:
     """Whether the run can be believed, and a sentence about it (empty if there is no check)."""
-    check = topic["check"]
+    check = topic.get("check")
     if check is None:
         return SANE, ""
     try:

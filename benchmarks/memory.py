@@ -1,0 +1,98 @@
+"""Topic `memory`: what the daemon holds of it, for itself and for each entry, session and loan.
+
+Its memory is what is its own: RssAnon and RssShmem of proc_pid_status(5), the ledger in the second;
+its RSS has the pages of files too, which it shares with every other Python.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from subprocess import PIPE
+
+from benchmarks.base import lent_file
+from benchmarks.crowd import crowd, sessions
+from benchmarks.harness import Figure, Figures, child, field
+from benchmarks.stocked import stocked
+from fdbroker import Client
+from fdbroker.ipc.messages import BORROW, encode
+
+MANY = 4000
+CYCLES = 1_000_000
+WARM = 20_000
+
+
+@contextmanager
+def daemon() -> Iterator[tuple[str, int]]:
+    """`fdbroker serve`: its address and its pid."""
+    with tempfile.TemporaryDirectory(prefix="fdbroker-memory-") as folder:
+        address = f"{folder}/socket"
+        serve = ["-m", "fdbroker", "serve", "--socket", address, "--ready-fd", "1"]
+        with child([sys.executable, *serve], stdout=PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            try:
+                yield address, process.pid
+            finally:
+                process.terminate()
+
+
+def rss(pid: int) -> float:
+    """Megabytes, of 10**6 bytes."""
+    return kilobytes(pid, "VmRSS:") / 1000
+
+
+def own(pid: int) -> float:
+    """Bytes."""
+    return 1000 * (kilobytes(pid, "RssAnon:") + kilobytes(pid, "RssShmem:"))
+
+
+def kilobytes(pid: int, key: str) -> float:
+    return int(field(Path(f"/proc/{pid}/status"), key).split()[0]) * 1.024
+
+
+def measure() -> Iterator[Figure]:
+    with daemon() as (address, pid), Client(address) as client:
+        client.stats()
+        yield Figure("the daemon, with one session", "MB of RSS", rss(pid), 16)
+    with daemon() as (address, pid), lent_file() as file, Client(address) as client:
+        client.put("x", file)
+        client.borrow("x").close()
+        before = own(pid)
+        with crowd(address, MANY):
+            yield Figure("a session", "bytes", (own(pid) - before) / MANY)
+    with daemon() as (address, pid), lent_file() as file, Client(address) as client:
+        client.put("x", file)
+        with ExitStack() as stack:
+            crowded = [stack.enter_context(sock) for sock in sessions(address, MANY)]
+            before = own(pid)
+            for sock in crowded:
+                sock.send(encode([BORROW, 1, "x", 0, None, ""]))
+                _, [number], _, _ = socket.recv_fds(sock, 100, 1)
+                os.close(number)
+            yield Figure("a loan", "bytes", (own(pid) - before) / MANY)
+    few, many = (named(count) for count in (1, 10 * MANY))
+    yield Figure("an entry", "bytes", (many - few) / (10 * MANY))
+    with daemon() as (address, pid), lent_file() as file, Client(address) as client:
+        client.put("x", file)
+        for _ in range(WARM):
+            client.borrow("x").close()
+        before = own(pid)
+        for _ in range(CYCLES):
+            client.borrow("x").close()
+        yield Figure(f"{CYCLES:,} cycles", "bytes", own(pid) - before, 0)
+
+
+def named(count: int) -> float:
+    """What a broker with so many names has of its own."""
+    with stocked(count) as (address, pid), Client(address) as client:
+        client.borrow("n0").close()
+        return own(pid)
+
+
+TOPIC = Figures("memory", measure)
