@@ -1,0 +1,330 @@
+"""python -m benchmarks.guard [--write]: what a cycle costs, in numbers that do not vary.
+
+Times vary with the machine.  These do not, so whoever changes what a cycle costs changes
+``guard.json`` too, with ``--write``; else this says what differs, and its exit status is 1.
+
+    calls           system calls of the broker and of the client, by name (strace)
+    instructions    that they take beside those (valgrind's callgrind)
+    bytes           that they take at the most, and keep (tracemalloc)
+
+A run with more cycles is compared with one that has fewer, so a start costs nothing.  The broker is
+asked by hand, and has slept before each request, or it would be left to chance what it finds when
+it looks for the next one.  Calls are the same everywhere.  Instructions and bytes are those of one
+build of Python: on another one, which the file does not know, they are left out aloud.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fcntl import ioctl
+from itertools import count
+from pathlib import Path
+
+from benchmarks.base import lent_file
+from benchmarks.crowd import sessions
+from benchmarks.harness import ROOT, Result
+from fdbroker import Client
+from fdbroker.descriptors import Kind
+from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.messages import BORROW, HEAD, HELLO, RETURN, VERSION, encode, template
+from fdbroker.ipc.server import Server
+from fdbroker.ipc.unix import INT, SIOCOUTQ
+from fdbroker.lender import Ledger, Lender
+from fdbroker.rc import FD
+
+FILE = Path(__file__).with_name("guard.json")
+FEW, MANY = 100, 600  # cycles
+WARM = 50
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+TOOLS = {  # kind: what is run, and how its figures are read
+    "calls": ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-o"],
+    "instructions": ["valgrind", "-q", "--tool=callgrind"],
+}
+PROGRAMS = "setarch", "strace", "valgrind"
+EXACT = 500  # the broker's instructions differ by less than the 500th part: some are its threads'
+ROOM = 16, 16, 16  # of the ledger
+Numbers = dict[str, int]
+Step = Callable[[], object]
+
+
+# --- who is measured -------------------------------------------------------------------------
+
+
+def broker(address: str) -> list[str]:
+    serve = ["serve", "--socket", address, "--memfd", "x=4096", "--ready-fd", "1"]
+    return [sys.executable, "-m", "fdbroker", *serve]
+
+
+def client(address: str, cycles: int) -> None:
+    """Borrow and return so often."""
+    with Client(address) as client:
+        for _ in range(cycles):
+            client.borrow("x").close()
+
+
+def ask(address: str, pid: int, cycles: int) -> None:
+    """The same by hand; before each request the broker sleeps."""
+    (sock,) = sessions(address, 1)
+    head, tail = template(BORROW, "x", 0, None, "")
+    return_head, _ = template(RETURN)
+    with sock:
+        for seq in range(1, 2 * cycles, 2):
+            wait_until_asleep(sock, pid)
+            sock.send(HEAD.pack(head, seq) + tail)
+            _, [number], _, _ = socket.recv_fds(sock, 100, 1)
+            os.close(number)
+            wait_until_asleep(sock, pid)
+            sock.send(HEAD.pack(return_head, seq + 1))
+        wait_until_asleep(sock, pid)
+
+
+def wait_until_asleep(sock: socket.socket, pid: int) -> None:
+    """Until the broker has received all that was sent, and waits for more (proc_pid_syscall(5))."""
+    unread = bytearray(INT.size)
+    while ioctl(sock.fileno(), SIOCOUTQ, unread) or any(unread):
+        pass
+    while not asleep(pid):
+        pass
+
+
+def asleep(pid: int) -> bool:
+    number = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+    return number == str(EPOLL_WAIT)
+
+
+EPOLL_WAIT = {"x86_64": 232}.get(os.uname().machine, -1)
+
+
+# --- under what ------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(address: str, prefix: list[str]) -> Iterator[int]:
+    """A broker, under what `prefix` says, and the pid of itself."""
+    command = ["setarch", "-R", *prefix, *broker(address)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        pid = process.pid
+        if prefix[:1] == ["strace"]:
+            (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        try:
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            process.wait()
+
+
+def of_broker(kind: str, cycles: int) -> Numbers:
+    with tempfile.TemporaryDirectory() as folder:
+        address, found = f"{folder}/socket", f"{folder}/found"
+        with serving(address, tool(kind, found)) as pid:
+            ask(address, pid, cycles)
+        return read(kind, found)
+
+
+def of_client(kind: str, cycles: int) -> Numbers:
+    with tempfile.TemporaryDirectory() as folder:
+        address, found = f"{folder}/socket", f"{folder}/found"
+        with serving(address, []):
+            run = [sys.executable, "-m", "benchmarks.guard", "client", address, str(cycles)]
+            command = ["setarch", "-R", *tool(kind, found), *run]
+            subprocess.run(command, check=True, cwd=ROOT, env=os.environ | ENVIRONMENT)
+        return read(kind, found)
+
+
+def tool(kind: str, found: str) -> list[str]:
+    if kind == "calls":
+        return [*TOOLS[kind], found]
+    return [*TOOLS[kind], f"--callgrind-out-file={found}"]
+
+
+def read(kind: str, found: str) -> Numbers:
+    text = Path(found).read_text()
+    if kind == "calls":
+        rows = re.findall(r"^\s*(\d+)\s+(\w+)$", text, re.M)
+        return {name: int(count) for count, name in rows if name != "total"}
+    (total,) = re.findall(r"^(?:summary|totals): (\d+)", text, re.M)[-1:]
+    return {"": int(total)}
+
+
+def per_cycle(take: Callable[[str, int], Numbers], kind: str) -> Numbers:
+    """What each cycle more costs.  A broker's threads now and then cost one call more."""
+    few, many = take(kind, FEW), take(kind, MANY)
+    costs = {name: round((many[name] - few.get(name, 0)) / (MANY - FEW)) for name in sorted(many)}
+    return {name: cost for name, cost in costs.items() if cost}
+
+
+# --- memory, which only the process itself can be asked about ------------------------------------
+
+
+def bytes_of_client() -> Numbers:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(f"{folder}/socket", []),
+        Client(f"{folder}/socket") as client,
+    ):
+        return bytes_of([lambda: client.borrow("x").close()])
+
+
+def bytes_of_broker() -> Numbers:
+    """The loop is here, and run until it would sleep, after each thing that is sent to it."""
+
+    class Asleep(Exception):
+        pass
+
+    class Awake:
+        """The epoll of the loop, but that it does not sleep."""
+
+        def __init__(self, epoll: select.epoll) -> None:
+            self._epoll = epoll
+            self.register, self.unregister = epoll.register, epoll.unregister
+            self.modify, self.close = epoll.modify, epoll.close
+
+        def poll(self, patience: float | None, events: int) -> list[tuple[int, int]]:
+            happened = self._epoll.poll(0, events)
+            if not happened and not server.workers.pending:
+                raise Asleep
+            return happened
+
+    def serve() -> None:
+        with suppress(Asleep):
+            server.run()
+
+    def connect(address: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(address)
+        sock.send(encode([HELLO, 0, VERSION, False]))
+        serve()
+        sock.recv(100)
+        return sock
+
+    with tempfile.TemporaryDirectory() as folder, lent_file() as file:
+        ledger = Ledger(bytearray(Ledger.size(*ROOM)), *ROOM)
+        server = Server(Listener(f"{folder}/socket"), Lender(ledger))
+        server._epoll = Awake(server._epoll)  # type: ignore[assignment]
+        fd = FD(os.dup(file.fileno()))
+        entry = server.lender.put(None, 0, "x", b"", fd, Kind.FILE, server.now, uid=os.geteuid())
+        server.keep(entry, "file")
+        with connect(f"{folder}/socket") as sock:
+            head, tail = template(BORROW, "x", 0, None, "")
+            return_head, _ = template(RETURN)
+            seqs = count(1)
+
+            def borrow() -> None:
+                sock.send(HEAD.pack(head, next(seqs)) + tail)
+
+            def give_back() -> None:
+                _, [number], _, _ = socket.recv_fds(sock, 100, 1)
+                os.close(number)
+                sock.send(HEAD.pack(return_head, next(seqs)))
+
+            found = bytes_of([serve, serve], [borrow, give_back])
+        server.lender.start_retiring(entry, server.now)
+        server.settle()
+        serve()
+        server.close()
+        return found
+
+
+def bytes_of(steps: Sequence[Step], first: Sequence[Step] = ()) -> Numbers:
+    """What these take at the most, and keep, after they were taken often; `first` come before each
+    of them, and do not count."""
+    before_each = first or [lambda: None] * len(steps)
+    for _ in range(WARM):
+        for other, step in zip(before_each, steps, strict=True):
+            other()
+            step()
+    tracemalloc.start()
+    most = kept = 0
+    for _ in range(2):  # what the first one meets was not traced when it came
+        most = kept = 0
+        for other, step in zip(before_each, steps, strict=True):
+            other()
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            step()
+            after, peak = tracemalloc.get_traced_memory()
+            most, kept = max(most, peak - before), kept + after - before
+    tracemalloc.stop()
+    return {"at most": most, "kept": kept}
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+def measure() -> Result:
+    """By kind, and whose: calls are the same everywhere."""
+    found: Result = {"calls": {}, "builds": {build(): {"instructions": {}, "bytes": {}}}}
+    mine = found["builds"][build()]
+    for who, take in (("broker", of_broker), ("client", of_client)):
+        found["calls"][who] = per_cycle(take, "calls")
+        mine["instructions"][who] = per_cycle(take, "instructions")[""]
+    mine["bytes"] = {"broker": bytes_of_broker(), "client": bytes_of_client()}
+    return found
+
+
+def build() -> str:
+    """What makes the instructions of a Python what they are, as far as it knows."""
+    _, when = platform.python_build()
+    return f"{platform.python_implementation()} {platform.python_version()}, {when}"
+
+
+def differences(known: Result, found: Result) -> list[str]:
+    """One line for each."""
+    lines = []
+    if known["calls"] != found["calls"]:
+        lines.append(f"calls: {known['calls']} became {found['calls']}")
+    for name, mine in found["builds"].items():
+        if name not in known["builds"]:
+            print(f"not compared: instructions and bytes of {name}, which is not in {FILE.name}")
+            continue
+        before = known["builds"][name]
+        for who, number in mine["instructions"].items():
+            old = before["instructions"][who]
+            if abs(number - old) > old // EXACT:
+                lines.append(f"instructions of the {who}: {old} became {number}")
+        if before["bytes"] != mine["bytes"]:
+            lines.append(f"bytes: {before['bytes']} became {mine['bytes']}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard")
+    parser.add_argument("--write", action="store_true", help=f"to {FILE.name}, for this Python")
+    asked = parser.parse_args()
+    without = [program for program in PROGRAMS if shutil.which(program) is None]
+    if without or EPOLL_WAIT < 0:
+        print(f"not compared: {' and '.join(without) or 'x86-64'} is missing", file=sys.stderr)
+        return 0
+    known = json.loads(FILE.read_text())
+    found = measure()
+    if asked.write:
+        found["builds"] = known["builds"] | found["builds"]
+        FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    lines = [] if asked.write else differences(known, found)
+    print(json.dumps(found, indent=1))
+    for line in lines:
+        print(line, file=sys.stderr)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["client"]:
+        client(sys.argv[2], int(sys.argv[3]))
+        sys.exit()
+    sys.exit(main())
