@@ -22,6 +22,7 @@ OPTIONAL = {
     "strace": "the package strace",
     "nginx": "the package nginx",
     "cc": "the package gcc",
+    "valgrind": "the package valgrind",
     "systemd-analyze": "the package systemd",
     "python3.12": "Python 3.12",
     "python3.13": "Python 3.13",
