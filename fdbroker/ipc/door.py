@@ -137,22 +137,17 @@ class Door(Loop):
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:
-        """The end of its session."""
+        """The end of its session: close what it sent and we had not received, then its socket.
+
+        What comes out of it gets numbers where there is room on its account, and as much again:
+        these are not what its uid asked for, and must not use up what it may have.
+        """
         self._hung_up.add(connection)
         self.unwatch(connection.number)
         unix.shut_down(connection.sock)
         if not connection.brings_descriptors:
             unix.drain(connection.sock)
-        self.empty(connection)
-
-    def empty(self, connection: Connection) -> None:
-        """It was hung up on: close what it sent and we had not received, then its socket.
-
-        What comes out of it gets numbers as far as there is room on its account, and as much again:
-        these are not what its uid asked for, and must not use up what it may have.
-        """
-        if not connection.brings_descriptors:
-            self._part(connection)
+            self.part(connection)
             return
         most = DESCRIPTORS if connection.rights.admitted else 0
         try:
@@ -162,9 +157,9 @@ class Door(Loop):
         self.lender.quotas.add(connection.account, "closes", most)
         self.workers.submit(HangUp(connection, most))
 
-    def _part(self, connection: Connection) -> None:
-        """Close its socket, now or when no descriptors are in flight to it any more: once it is
-        closed, we could not ask.
+    def part(self, connection: Connection) -> None:
+        """Nothing is in its socket any more: close it, now or when no descriptors are in flight to
+        it any more.  Once it is closed, we could not ask.
 
         It is not watched meanwhile, since its peer could make events as it likes.
         """
@@ -226,7 +221,7 @@ class Door(Loop):
         if self._ask_at and self.now >= self._ask_at:
             self._ask_at = 0
             for connection in [one for one in self._hung_up if not one.brings_descriptors]:
-                self._part(connection)
+                self.part(connection)
         for connection in [one for one, until in self._awaited.items() if until <= self.now]:
             reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"
             log.warning("event=ended %s reason=%s", connection, reason)

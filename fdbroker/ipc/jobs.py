@@ -156,10 +156,10 @@ class Discard(Job):
 
 
 class HangUp(Job):
-    """Take a message out of the socket of a session that was shut down, and close what came with
-    it: it was never received, and a close of the socket would do the same, and might wait.
+    """Take what was never received out of the socket of a session that was shut down, and close it:
+    a close of the socket would do the same, and might wait.
 
-    `most` of that, which are on the account's closes, can be told not to linger.
+    `most` descriptors at a time, which are on the account's closes, can be told not to linger.
     """
 
     account: Account
@@ -173,19 +173,16 @@ class HangUp(Job):
 
     def run(self) -> None:
         begun = thread_time()
-        fds = unix.receive_last(self._connection.sock, self.most)
-        if fds is None:
-            self._connection.brings_descriptors = False
-            return
-        close_each(fds)
-        if not self._connection.rights.unlimited:
-            sleep(GENTLY * (thread_time() - begun))
+        while (fds := unix.receive_last(self._connection.sock, self.most)) is not None:
+            close_each(fds)
+            if not self._connection.rights.unlimited:
+                sleep(GENTLY * (thread_time() - begun))
+            begun = thread_time()
+        self._connection.brings_descriptors = False
 
     def finish(self, server: Server) -> None:
         server.release(self.account, "closes", self.most)
-        if self.failure:
-            self._connection.brings_descriptors = False
-        server.empty(self._connection)
+        server.part(self._connection)
 
 
 def close_each(fds: list[int]) -> None:
