@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from fdbroker.errors import FDBrokerError
 from fdbroker.ipc import unix
 from fdbroker.ipc.admission import log_refusal
-from fdbroker.ipc.connection import GREETING, Connection
+from fdbroker.ipc.connection import FEW, GREETING, Connection
 from fdbroker.ipc.jobs import HangUp
 from fdbroker.ipc.limits import descriptors_in_use, limit
 from fdbroker.ipc.loop import Loop
-from fdbroker.ipc.messages import DESCRIPTORS, encode_error
+from fdbroker.ipc.messages import encode_error
 from fdbroker.lender.books import SECOND
 from fdbroker.lender.parts import Peer
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 RESERVE = 4
-OFFENCES = 8  # by those who may not do all, after which nobody is accepted for the time of a REST,
-REST = SECOND // 1000  # which is short: who comes behind a queue full of such waits for all of them
+OFFENCES = 4  # by those who may not do all, after which nobody is accepted for the time of a REST,
+REST = SECOND // 250  # which is short: who comes behind a queue full of such waits for all of them
 ASK = SECOND // 4  # until we ask again who was hung up on whether that has read
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
@@ -139,8 +139,7 @@ class Door(Loop):
     def _hang_up(self, connection: Connection) -> None:
         """The end of its session: close what it sent and we had not received, then its socket.
 
-        What comes out of it gets numbers where there is room on its account, and as much again:
-        these are not what its uid asked for, and must not use up what it may have.
+        Few of what comes out of it get numbers, if there is room on its account, and as much again.
         """
         self._hung_up.add(connection)
         self.unwatch(connection.number)
@@ -149,7 +148,7 @@ class Door(Loop):
             unix.drain(connection.sock)
             self.part(connection)
             return
-        most = DESCRIPTORS if connection.rights.admitted else 0
+        most = FEW if connection.rights.admitted else 0
         try:
             self.lender.quotas.check(connection.account, "closes", 2 * most)
         except FDBrokerError:
@@ -179,12 +178,17 @@ class Door(Loop):
 
         Who waits meanwhile is queued by the kernel; who is in, is served.
         """
-        self._offences += not connection.rights.unlimited
+        self.note_offences(connection, 1)
         if self._offences >= OFFENCES and not self._shut:
             self._offences = 0
             self._pause()
             self._rest_until = self.now + REST
             self._resume_after(REST)
+
+    def note_offences(self, connection: Connection, count: int) -> None:
+        """It did what costs as much as so many."""
+        if not connection.rights.unlimited:
+            self._offences += count
 
     def wait_for(self, connection: Connection) -> None:
         """It must say hello in time, or read."""

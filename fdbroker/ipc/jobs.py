@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fdbroker import descriptors
 from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError, UnsupportedKind
 from fdbroker.ipc import unix
-from fdbroker.ipc.connection import ENDED
+from fdbroker.ipc.connection import ENDED, FEW
 from fdbroker.ipc.limits import too_many_files
 from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode, encode_error
 from fdbroker.ipc.workers import CLOSING, Job
@@ -159,7 +159,7 @@ class HangUp(Job):
     """Take what was never received out of the socket of a session that was shut down, and close it:
     a close of the socket would do the same, and might wait.
 
-    `most` descriptors at a time, which are on the account's closes, can be told not to linger.
+    Of each message `most` descriptors, which are on the account's closes, are kept from lingering.
     """
 
     account: Account
@@ -188,10 +188,10 @@ class HangUp(Job):
 def close_each(fds: list[int]) -> None:
     """Close all of them.  Nobody wants them, so nobody is told of an error: it is gone (close(2)).
 
-    Numbers that follow each other are closed in one call: they may have come in a mass, so as to
-    take our time.
+    They may have come in a mass, so as to take our time: then only the first ones are kept from
+    lingering, and numbers that follow each other are closed in one call.
     """
-    for fd in fds:
+    for fd in fds[:FEW]:
         if descriptors.is_socket(fd):
             descriptors.switch_linger_off(fd)
     first = 0

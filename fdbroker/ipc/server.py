@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from fdbroker.lender.rules import Rule
 
 
+COSTLY = 32  # to receive and close so many descriptors costs as much as an offence
 UNWATCHED: tuple[Any, Any] = None, None
 
 log = logging.getLogger("fdbroker")
@@ -305,6 +306,7 @@ class Server(Answers):
         inbox, connection.inbox = connection.inbox, None
         assert inbox is not None
         if left := inbox.give_away():
+            self.note_offences(connection, len(left) // COSTLY)
             self.workers.submit(Discard(left, connection.account))
 
     def _greet(self, connection: Connection, verb: int, seq: int, fields: tuple[int, bool]) -> None:

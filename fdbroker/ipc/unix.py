@@ -177,13 +177,13 @@ def drain(sock: _socket.socket) -> None:
 
 def receive_last(sock: _socket.socket, most: int) -> list[int] | None:
     """Take one message out of a socket that was shut down: its descriptors, which are the caller's;
-    None at the end.  No more than `most`, 0 or all that a message can have, are given numbers.
+    None at the end.  No more than `most` are given numbers.
 
     The others the kernel closes here, and so does close(2) with all that is left: it may take long.
     """
     # a message has credentials now, however empty it is, and the end has none
     sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
-    inbox, room = Inbox(), CREDENTIALS_BYTES + (ANCILLARY_BYTES if most else 0)
+    inbox, room = Inbox(), CREDENTIALS_BYTES + (_socket.CMSG_LEN(most * INT.size) if most else 0)
     while not inbox.raw:
         with suppress(ConnectionResetError):  # said once, what is left comes after it
             inbox.raw.append(sock.recvmsg_into((bytearray(1),), room, RECEIVE_NOW))

@@ -132,7 +132,7 @@ def test_what_was_never_received_and_hangs_in_flush(target: Target, hanging: Han
             assert target.counts()["jobs"] >= MANY
             (usage,) = (one for one in target.client.usage() if one.uid == ALICE)
             more = (targets(target.pid) - files).total()
-            assert 250 <= more <= MANY + usage.used["closes"] <= MANY + usage.limits["closes"]
+            assert 16 <= more <= MANY + usage.used["closes"] <= MANY + usage.limits["closes"]
         finally:
             hanging.let_go()
     wait_until(lambda: not uses(target, ALICE))
