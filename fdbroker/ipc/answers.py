@@ -110,6 +110,7 @@ class Answers(Door):
             self._look_again_at = max(self._look_again_at, self.now - SAVED) + rest
 
     def _look_at_unread(self, account: Account | None = None) -> None:
+        """Those of one account, or all of them."""
         for connection in self._connections.values():
             if (connection.unread or connection.inflight) and account in (None, connection.account):
                 unread = connection.unread_bytes()

@@ -173,12 +173,14 @@ class HangUp(Job):
 
     def run(self) -> None:
         begun = thread_time()
-        while (fds := unix.receive_last(self._connection.sock, self.most)) is not None:
-            close_each(fds)
-            if not self._connection.rights.unlimited:
-                sleep(GENTLY * (thread_time() - begun))
-            begun = thread_time()
-        self._connection.brings_descriptors = False
+        try:
+            for fds in unix.never_read(self._connection.sock, self.most):
+                close_each(fds)
+                if not self._connection.rights.unlimited:
+                    sleep(GENTLY * (thread_time() - begun))
+                begun = thread_time()
+        finally:  # or nobody would ask it again, once something is in flight to it
+            self._connection.brings_descriptors = False
 
     def finish(self, server: Server) -> None:
         server.release(self.account, "closes", self.most)

@@ -175,20 +175,23 @@ def drain(sock: _socket.socket) -> None:
             pass
 
 
-def receive_last(sock: _socket.socket, most: int) -> list[int] | None:
-    """Take one message out of a socket that was shut down: its descriptors, which are the caller's;
-    None at the end.  No more than `most` are given numbers.
+def never_read(sock: _socket.socket, most: int) -> Iterator[list[int]]:
+    """What is left in a socket that was shut down: message by message its descriptors, which are
+    the caller's.  Of each message no more than `most` are given numbers.
 
-    The others the kernel closes here, and so does close(2) with all that is left: it may take long.
+    The others the kernel closes here, as close(2) would all that is left: that may take long.
     """
     # a message has credentials now, however empty it is, and the end has none
     sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
-    inbox, room = Inbox(), CREDENTIALS_BYTES + (_socket.CMSG_LEN(most * INT.size) if most else 0)
-    while not inbox.raw:
+    room = CREDENTIALS_BYTES + (_socket.CMSG_LEN(most * INT.size) if most else 0)
+    while True:
+        inbox = Inbox()
         with suppress(ConnectionResetError):  # said once, what is left comes after it
             inbox.raw.append(sock.recvmsg_into((bytearray(1),), room, RECEIVE_NOW))
-    inbox.sort()
-    return inbox.give_away() if inbox.raw[0][1] else None
+            inbox.sort()
+            if not inbox.raw[0][1]:
+                return
+            yield inbox.give_away()
 
 
 def credentials(sock: _socket.socket) -> tuple[int, int, int]:
