@@ -459,7 +459,7 @@ def test_agrees_with_the_naive_model_and_survives_every_cut():
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=100,
+            max_examples=200,
             stateful_step_count=60,
             deadline=None,
             derandomize=True,
