@@ -15,6 +15,7 @@ from functools import partial
 from subprocess import PIPE
 
 from benchmarks.base import lent_file
+from benchmarks.cycle import shared
 from benchmarks.harness import Run, Topic, Variant, child, needs
 
 PROCESSES = 1, 2, 10, 50, 200
@@ -48,10 +49,9 @@ def clients(count: int) -> Iterator[Run]:
 def client(address: str) -> None:
     """As many cycles as it is told, again and again, until its standard input ends."""
     with needs("fdbroker", "Client")(address) as client:
-        borrow = client.borrow
+        run = shared(client)
         while told := os.read(0, COUNT.size):
-            for _ in range(*COUNT.unpack(told)):
-                borrow("x").close()
+            run(*COUNT.unpack(told))
             os.write(1, b".")
 
 

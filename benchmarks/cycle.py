@@ -9,11 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.harness import Run, Topic, Variant, needs
 
 MANY = 32
+
+
+def shared(client: Any) -> Run:
+    """Borrow "x" and return it."""
+
+    def run(n: int) -> None:
+        borrow = client.borrow
+        for _ in range(n):
+            borrow("x").close()
+
+    return run
 
 
 @contextmanager
@@ -22,17 +34,12 @@ def borrow(*, exclusive: bool = False) -> Iterator[Run]:
     with lent_file() as file, broker_class() as broker:
         broker.put("x", file)
 
-        def shared(n: int) -> None:
-            borrow = broker.borrow
-            for _ in range(n):
-                borrow("x").close()
-
         def in_turn(n: int) -> None:
             borrow = broker.borrow
             for _ in range(n):
                 borrow("x", exclusive=True).close()
 
-        yield in_turn if exclusive else shared
+        yield in_turn if exclusive else shared(broker)
 
 
 @contextmanager

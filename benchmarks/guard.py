@@ -36,6 +36,7 @@ from pathlib import Path
 
 from benchmarks.base import lent_file
 from benchmarks.crowd import sessions
+from benchmarks.cycle import shared
 from benchmarks.harness import ROOT, Result
 from fdbroker import Client
 from fdbroker.descriptors import Kind
@@ -54,6 +55,7 @@ TOOLS = {  # kind: what is run, and how its figures are read
     "calls": ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-o"],
     "instructions": ["valgrind", "-q", "--tool=callgrind"],
 }
+EPOLL_WAIT = {"x86_64": 232}.get(os.uname().machine, -1)
 PROGRAMS = "setarch", "strace", "valgrind"
 EXACT = 100  # instructions differ by less than that part: some are the threads', or the C library's
 ROOM = 16, 16, 16  # of the ledger
@@ -72,8 +74,7 @@ def broker(address: str) -> list[str]:
 def client(address: str, cycles: int) -> None:
     """Borrow and return so often."""
     with Client(address) as client:
-        for _ in range(cycles):
-            client.borrow("x").close()
+        shared(client)(cycles)
 
 
 def ask(address: str, pid: int, cycles: int) -> None:
@@ -104,9 +105,6 @@ def wait_until_asleep(sock: socket.socket, pid: int) -> None:
 def asleep(pid: int) -> bool:
     number = Path(f"/proc/{pid}/syscall").read_text().split()[0]
     return number == str(EPOLL_WAIT)
-
-
-EPOLL_WAIT = {"x86_64": 232}.get(os.uname().machine, -1)
 
 
 # --- under what ------------------------------------------------------------------------------

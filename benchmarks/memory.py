@@ -17,6 +17,7 @@ from subprocess import PIPE
 
 from benchmarks.base import lent_file
 from benchmarks.crowd import crowd, sessions
+from benchmarks.cycle import shared
 from benchmarks.harness import Figure, Figures, child, field
 from benchmarks.stocked import stocked
 from fdbroker import Client
@@ -80,11 +81,10 @@ def measure() -> Iterator[Figure]:
     yield Figure("an entry", "bytes", (many - few) / (10 * MANY))
     with daemon() as (address, pid), lent_file() as file, Client(address) as client:
         client.put("x", file)
-        for _ in range(WARM):
-            client.borrow("x").close()
+        run = shared(client)
+        run(WARM)
         before = own(pid)
-        for _ in range(CYCLES):
-            client.borrow("x").close()
+        run(CYCLES)
         yield Figure(f"{CYCLES:,} cycles", "bytes", own(pid) - before, 0)
 
 

@@ -34,6 +34,7 @@ from typing import Any, BinaryIO
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.cycle import borrow
 from benchmarks.harness import Run, Topic, Unavailable, Variant, child, needs
+from benchmarks.rc import duplicated
 from benchmarks.subjects import KEPT, S6, missing
 
 NAME = "org.example.Lender"
@@ -54,18 +55,6 @@ def opened() -> Iterator[Run]:
             path, flags = file.name, os.O_RDWR | os.O_CLOEXEC
             for _ in range(n):
                 os.close(os.open(path, flags))
-
-        yield run
-
-
-@contextmanager
-def duplicated() -> Iterator[Run]:
-    with lent_file() as file:
-
-        def run(n: int) -> None:
-            number = file.fileno()
-            for _ in range(n):
-                os.close(os.dup(number))
 
         yield run
 

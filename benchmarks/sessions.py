@@ -16,6 +16,7 @@ from itertools import cycle
 
 from benchmarks.base import lent_file
 from benchmarks.crowd import crowd, sessions
+from benchmarks.cycle import shared
 from benchmarks.harness import Run, Topic, Variant, needs
 from benchmarks.peers import s6_kept
 from fdbroker.ipc.messages import BORROW, HEAD, RETURN, template
@@ -33,13 +34,7 @@ def beside(idle: int) -> Iterator[Run]:
     with lent_file() as file, broker_class() as broker:
         broker.put("x", file)
         with crowd(broker.address, idle):
-
-            def run(n: int) -> None:
-                borrow = broker.borrow
-                for _ in range(n):
-                    borrow("x").close()
-
-            yield run
+            yield shared(broker)
 
 
 @contextmanager
