@@ -13,13 +13,13 @@ the lender's to know.)
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from fcntl import ioctl
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.ipc import unix
-from fdbroker.ipc.messages import MESSAGE_BYTES
+from fdbroker.ipc.messages import HEAD, KNOWN_BYTES, MESSAGE_BYTES
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SIOCOUTQ, queued
 from fdbroker.lender.parts import FREE, Peer, Session
 from fdbroker.lender.quotas import Account
@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from fdbroker.lender.quotas import Quotas
 
 FEW = 16  # of its descriptors may be in hand, whatever else there is
-ROOM = MESSAGE_BYTES + 1  # one more: so what is too long is not taken for a message cut to size
+MESSAGE = bytearray(MESSAGE_BYTES + 1)
+"""The message at hand, of whichever connection: to make room for each takes longer than to receive
+it.  One byte more, so that what is too long is not taken for a message cut to size."""
+SPLIT = {
+    size: struct.Struct(f"{HEAD.format}{size - HEAD.size}s").unpack_from
+    for size in range(HEAD.size, KNOWN_BYTES + 1)
+}
+"""What takes apart a message of so many bytes that may be known: its head, its seq, its tail."""
 
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
@@ -73,6 +80,7 @@ class Connection:
     )
 
     def __init__(self, sock: socket.socket, peer: Peer, quotas: Quotas) -> None:
+        sock.setblocking(False)
         self.sock = sock
         self.number = sock.fileno()
         self.peer = peer
@@ -88,12 +96,12 @@ class Connection:
         self.unread = 0  # bytes of answers that it had not read when it got the last one
         self.inflight = 0  # descriptors of the last message, unless all was read since
         self.repeated = False  # whether it ever asked for a grant again that it may have had
-        self.receive: Callable[[], bytes] = self._receive_with_descriptors
+        self.receive: Callable[[bytearray], int] = self._receive_with_descriptors
         self.brings_descriptors = True
         if unix.refuse_descriptors(sock):
             # nothing but bytes can come, and to receive no more than these takes half the time
             self.brings_descriptors = False
-            self.receive = partial(sock.recv, ROOM, unix.RECEIVE_NOW)
+            self.receive = sock.recv_into
 
     def accept_descriptors(self) -> None:
         """From now on the client may send descriptors."""
@@ -101,16 +109,16 @@ class Connection:
         self.brings_descriptors = True
         self.receive = self._receive_with_descriptors
 
-    def _receive_with_descriptors(self) -> bytes:
+    def _receive_with_descriptors(self, buffer: bytearray) -> int:
         # not once they are here: what cannot be closed stays.  But a few may be closed just now
         if self.account.limited and self.account.closes > FEW:
             self.quotas.check(self.account, "closes", 0)
-        data, self.inbox = unix.receive_now(self.sock, ROOM)
+        size, self.inbox = unix.receive_into(buffer, self.sock)
         if self.inbox is not None:
             self.quotas.add(self.account, "closes", len(self.inbox.fds))
             if self.state == READY:
                 self.state = LADEN
-        return data
+        return size
 
     def unread_bytes(self) -> int:
         """How much of what it was sent it has not read, as the kernel says now."""

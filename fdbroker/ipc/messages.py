@@ -55,8 +55,6 @@ EXCLUSIVE, READONLY = 1, 2  # flags of BORROW
 REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
-HEAD_BYTES, unpack_head = HEAD.size, HEAD.unpack_from
-TAIL = slice(HEAD_BYTES, None)  # what follows it
 UINT64 = 0xCF  # msgpack's
 KNOWN_REQUESTS = 512  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 256
@@ -267,7 +265,7 @@ def remember(known: dict[bytes, tuple[int, Any]], data: bytes, verb: int, fields
     if data[1:3] == bytes((verb, UINT64)) and len(data) <= KNOWN_BYTES:
         if len(known) >= KNOWN_REQUESTS:
             known.clear()
-        known[data[:3] + data[TAIL]] = verb, fields
+        known[data[:3] + data[HEAD.size :]] = verb, fields
 
 
 def _check(code: int, fields: list[Any]) -> Any:

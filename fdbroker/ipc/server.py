@@ -12,7 +12,6 @@ session.
 from __future__ import annotations
 
 import logging
-import struct
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.descriptors import LISTENERS
@@ -34,7 +33,9 @@ from fdbroker.ipc.connection import (
     ENDED,
     GREETING,
     LADEN,
+    MESSAGE,
     READY,
+    SPLIT,
     WORKING,
     Connection,
 )
@@ -47,14 +48,12 @@ from fdbroker.ipc.messages import (
     HELLO,
     PUT,
     RETURN,
-    TAIL,
     VERBS,
     VERSION,
     decode_request,
     encode,
     encode_error,
     remember,
-    unpack_head,
 )
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.lender.parts import FREE, LENT
@@ -203,12 +202,17 @@ class Server(Answers):
         After a RETURN we look for one more: a busy client's next request is there by then, and to
         find it so costs less than to ask epoll again.
         """
-        session, receive, lender = connection.session, connection.receive, self.lender
-        known = connection.known
+        session, receive, known = connection.session, connection.receive, connection.known
+        lender = self.lender
         try:
             while True:
                 try:
-                    data = receive()
+                    size = receive(MESSAGE)
+                    head, seq, tail = SPLIT[size](MESSAGE)
+                    verb, fields = known[head + tail]
+                except KeyError:
+                    self._receive_unusual(connection, bytes(MESSAGE[:size]))
+                    return
                 except BlockingIOError:
                     return
                 except FDBrokerError:  # its uid's descriptors wait to be closed; also an OSError
@@ -216,25 +220,18 @@ class Server(Answers):
                 except OSError:  # ECONNRESET: it died with our messages unread
                     self.end(connection)
                     return
-                try:
-                    head, seq = unpack_head(data)
-                    verb, fields = known[head + data[TAIL]]
-                except (KeyError, struct.error):
-                    self._receive_unusual(connection, data)
+                if seq != session.seq + 1 or connection.state != READY:
+                    self._receive_unusual(connection, bytes(MESSAGE[:size]))
                     return
-                if connection.state != READY or seq != session.seq + 1:
-                    self._receive_unusual(connection, data)
-                    return
-                if verb == RETURN:
-                    lender.give_back(session, seq, self.now)
-                    if lender.decisions:
-                        return
-                elif verb == BORROW:  # as its handler does with one who may
+                if verb == BORROW:  # as its handler does with one who may
                     if lender.borrow(session, seq, fields, self.now):
                         self.hand_over(connection, seq)
                     return
-                else:
+                if verb != RETURN:
                     self._handle(connection, verb, seq, fields)
+                    return
+                lender.give_back(session, seq, self.now)
+                if lender.decisions:
                     return
         except ProtocolError as error:
             self._fault(connection, error)

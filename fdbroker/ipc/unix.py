@@ -117,19 +117,19 @@ class Inbox:
             self.close()
 
 
-def receive_now(sock: _socket.socket, size: int) -> tuple[bytes, Inbox | None]:
-    """Take one message if there is one, else BlockingIOError: its bytes, and what came with it.
+def receive_into(buffer: bytearray, sock: _socket.socket) -> tuple[int, Inbox | None]:
+    """Take one message if there is one, else BlockingIOError: its size, and what came with it.
 
     For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.
     """
-    received = sock.recvmsg(size, ANCILLARY_BYTES, RECEIVE_NOW)
-    data, ancillary, flags, address = received
+    received = sock.recvmsg_into((buffer,), ANCILLARY_BYTES, RECEIVE_NOW)
+    size, ancillary, flags, _ = received
     if not ancillary and not flags & LOST:
-        return data, None
+        return size, None
     inbox = Inbox()
-    inbox.raw.append((len(data), ancillary, flags, address))
+    inbox.raw.append(received)
     inbox.sort()
-    return data, inbox
+    return size, inbox
 
 
 def refuse_descriptors(sock: _socket.socket) -> bool:
