@@ -144,33 +144,26 @@ class Answers(Door):
         Those of a read-only loan are opened for it first (`fresh`), and closed afterwards.
         """
         session = connection.session
-        entries, wish = session.entries, session.wish
         ioctl(connection.number, SIOCOUTQ, QUEUED)  # `unread_bytes`; a call of ours is slower
         if queued[0] >= LEAST_QUEUED:
             self._wait_until_read(connection, Unsent(seq, offset, fresh))
             return
-        if wish.readonly and fresh is None:
-            sysfds = [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
-            try:
-                self.lender.quotas.check(connection.account, "closes", len(sysfds))
-            except FDBrokerError as error:
-                self.take_back(connection, seq, offset, error)
-                return
-            self.lender.quotas.add(connection.account, "closes", len(sysfds))
-            self.start_job(connection, Reopen(connection, seq, offset, sysfds))
-            return
-        if len(entries) == 1 and fresh is None:
+        if session.wish.plain:
             data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
-            count, rights = 1, entries[0].ancillary
+            count, rights = 1, session.entries[0].ancillary
         else:
-            fds = fresh or [entry.sysfd for entry in entries[offset : offset + DESCRIPTORS]]
-            data = encode_grant(seq, len(entries), len(fds), session.since)
-            count, rights = len(fds), unix.rights(fds)
+            entries = session.entries[offset : offset + DESCRIPTORS]
+            sysfds = fresh or [entry.sysfd for entry in entries]
+            if session.wish.readonly and fresh is None:
+                self._reopen(connection, seq, offset, sysfds)
+                return
+            data = encode_grant(seq, len(session.entries), len(sysfds), session.since)
+            count, rights = len(sysfds), unix.rights(sysfds)
         try:
             if count != connection.inflight:
                 self._check_inflight(connection, count)
                 self._note_inflight(connection, count)
-            connection.sock.sendmsg((data,), rights, SEND_NOW)
+            connection.send_message((data,), rights, SEND_NOW)
         except QuotaExceeded as error:
             self.take_back(connection, seq, offset, error)
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
@@ -181,6 +174,16 @@ class Answers(Door):
             self.take_back(connection, seq, offset, TooManyInFlight())
         if fresh:
             self.workers.submit(Discard(fresh, connection.account))
+
+    def _reopen(self, connection: Connection, seq: int, offset: int, sysfds: list[int]) -> None:
+        """Have a worker open read-only descriptions of these, to be handed over then."""
+        try:
+            self.lender.quotas.check(connection.account, "closes", len(sysfds))
+        except FDBrokerError as error:
+            self.take_back(connection, seq, offset, error)
+            return
+        self.lender.quotas.add(connection.account, "closes", len(sysfds))
+        self.start_job(connection, Reopen(connection, seq, offset, sysfds))
 
     def take_back(
         self, connection: Connection, seq: int, offset: int, error: FDBrokerError

@@ -17,7 +17,7 @@ from fdbroker.errors import BrokerGone
 from fdbroker.ipc import messages
 from fdbroker.ipc.forks import catch_up, later, other_threads
 from fdbroker.ipc.loan import Loan
-from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY
+from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY, unpack_grant
 from fdbroker.ipc.owned import Arguments, message_with
 from fdbroker.ipc.pool import TRIES
 from fdbroker.ipc.session import NOBODY
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
 
 KNOWN_BORROWS = 1024  # that are remembered
-GRANT_START = struct.Struct(">3sQ7s")  # all of it but `since`
-pack_head, pack_start = HEAD.pack, GRANT_START.pack
+pack_head = HEAD.pack
 
 
 # A borrow that was checked and encoded, all that is the same when it is asked for again: head and
@@ -96,19 +95,21 @@ def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
         else:
             session.wait(seq, timeout)
         reply, ancillary, _, _ = received[0]
-        usual = reply.startswith(pack_start(GRANTED, seq, totals))
         try:
-            ((_, _, rights),) = ancillary if usual else []
+            start, of, counted, since = unpack_grant(reply)
+            ((_, _, rights),) = ancillary
             fds = unpack(rights)
+            if of != seq or counted != totals or start != GRANTED:
+                raise ValueError
             received[0] = iter(fds)
         except (ValueError, struct.error):
-            fds, reply = session.take_loan(seq, len(names), timeout)
+            fds, since = session.take_loan(seq, len(names), timeout)
         session.fds = fds
         session.names = names
         session.thread = NOBODY if exclusive else get_ident()
         loan = Loan()
         loan._names = names
-        loan._reply = reply
+        loan._since = since
         loan._session = session
         return loan
     except BaseException as error:

@@ -72,6 +72,7 @@ class Connection:
         "receive",
         "repeated",
         "rights",
+        "send_message",
         "session",
         "sock",
         "state",
@@ -83,6 +84,7 @@ class Connection:
         sock.setblocking(False)
         self.sock = sock
         self.number = sock.fileno()
+        self.send_message = sock.sendmsg
         self.peer = peer
         self.quotas = quotas
         self.account = quotas.account(peer.uid)

@@ -18,7 +18,7 @@ from time import CLOCK_BOOTTIME, clock_gettime, time
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
 from fdbroker.ipc import owned
 from fdbroker.ipc.forks import GATE, catching_up, other_threads
-from fdbroker.ipc.messages import HEAD, decode_reply
+from fdbroker.ipc.messages import HEAD
 from fdbroker.ipc.session import RETURN_HEAD
 from fdbroker.ipc.unix import SEND_NOW
 from fdbroker.ipc.wire import until_exit
@@ -48,10 +48,10 @@ class Loan:
     `__del__`, would take longer than all else that is done for it.
     """
 
-    __slots__ = ("__weakref__", "_names", "_reply", "_session")
+    __slots__ = ("__weakref__", "_names", "_session", "_since")
     _names: tuple[str, ...]
-    _reply: bytes  # the broker's, with what is seldom asked for
     _session: Session  # who deletes it ends the loan: that succeeds once
+    _since: int  # in nanoseconds of CLOCK_BOOTTIME
 
     @property
     def entry(self) -> str:
@@ -66,8 +66,7 @@ class Loan:
     @property
     def since(self) -> float:
         """When it was granted, in seconds since the epoch."""
-        _, _, (_, _, since) = decode_reply(self._reply)
-        return time() - (clock_gettime(CLOCK_BOOTTIME) - float(since) / 1e9)
+        return time() - (clock_gettime(CLOCK_BOOTTIME) - self._since / 1e9)
 
     @property
     def closed(self) -> bool:

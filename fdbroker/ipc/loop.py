@@ -65,26 +65,33 @@ class Loop(ABC):
             patience = self._patience() if waits else None
             happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-            for number, events in happened if len(happened) < 2 else self.in_turn(happened):
-                found = watched.get(number)
-                if found is None:  # it ended with an event before this one
+            if len(happened) > 1:
+                happened = self.in_turn(happened)
+            for number, events in happened:
+                try:
+                    action, about = watched[number]
+                except KeyError:  # it ended with an event before this one
                     continue
-                action, about = found
                 try:
                     action(about, events)
                 except Exception:  # a mistake of ours must not end every loan of everybody
                     log.exception("event=error number=%d", number)
                 if lender.decisions or lender.closings:
                     self.settle()
-            if lender.deadlines:
-                lender.expire(self.now)
-                self.settle()
-            if self.alarm and self.now >= self.alarm:
-                self.alarm = 0
-                try:
-                    self.ring()
-                except Exception:
-                    log.exception("event=error alarm")
+            if waits:
+                self._keep_time()
+
+    def _keep_time(self) -> None:
+        """Do what was to be done by now."""
+        if self.lender.deadlines:
+            self.lender.expire(self.now)
+            self.settle()
+        if self.alarm and self.now >= self.alarm:
+            self.alarm = 0
+            try:
+                self.ring()
+            except Exception:
+                log.exception("event=error alarm")
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,

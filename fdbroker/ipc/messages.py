@@ -223,7 +223,7 @@ def counts(total: int, count: int) -> bytes:
 
 
 ONE_OF_ONE = counts(1, 1)
-pack_grant = GRANT.pack
+pack_grant, unpack_grant = GRANT.pack, GRANT.unpack
 
 
 def encode_error(seq: int, error: FDBrokerError) -> bytes:

@@ -230,8 +230,7 @@ class Server(Answers):
                 if verb != RETURN:
                     self._handle(connection, verb, seq, fields)
                     return
-                lender.give_back(session, seq, self.now)
-                if lender.decisions:
+                if lender.give_back(session, seq, self.now):
                     return
         except ProtocolError as error:
             self._fault(connection, error)

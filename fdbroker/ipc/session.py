@@ -20,7 +20,7 @@ import warnings
 from fdbroker.errors import ProtocolError
 from fdbroker.ipc import forks, owned, unix
 from fdbroker.ipc.limits import too_many_files
-from fdbroker.ipc.messages import BORROW, HEAD, MORE, RETURN, check_reply, encode_grant, template
+from fdbroker.ipc.messages import BORROW, HEAD, MORE, RETURN, check_reply, template
 from fdbroker.ipc.wire import Wire
 
 TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
@@ -52,10 +52,8 @@ class Session(Wire):
 
     # --- what is unusual in a borrow or a return; borrowing.py and loan.py have the usual ---
 
-    def take_loan(
-        self, seq: int, total: int, timeout: float | None
-    ) -> tuple[tuple[int, ...], bytes]:
-        """The descriptors of a loan of so many entries, and a reply as if they had come with it.
+    def take_loan(self, seq: int, total: int, timeout: float | None) -> tuple[tuple[int, ...], int]:
+        """The descriptors of a loan of so many entries, and since when it has them.
 
         A message is there already: a refusal, a foreign one, the first part of many.
         """
@@ -79,7 +77,7 @@ class Session(Wire):
             numbers += part
         if len(numbers) > total:
             raise ProtocolError("broker", "more descriptors came than were asked for")
-        return numbers, encode_grant(seq, total, total, since)
+        return numbers, since
 
     def _check_promise(self, fields: list[Any], numbers: tuple[int, ...], lost: bool) -> None:
         """Whether all descriptors came that the payload speaks of; else the session ends."""

@@ -106,6 +106,7 @@ class Wish:
         "exclusive",
         "has_more",
         "names",
+        "plain",
         "purpose",
         "purpose_bytes",
         "readonly",
@@ -128,6 +129,7 @@ class Wish:
         self.purpose = purpose
         self.purpose_bytes = purpose.encode()  # as in the ledger, and so are ...
         self.has_more = len(names) > 1 or purpose != ""  # to be written than one entry
+        self.plain = len(names) == 1 and not readonly  # it takes one message, and what is there
         flags = EXCLUSIVE * exclusive | READONLY * readonly
         self.shape = shape(len(names), flags, len(self.purpose_bytes))
 
