@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # descriptors that are the broker's own: to accept one more, to look at /proc, to reload
 RESERVE = 4
 OFFENCES = 4  # by those who may not do all, after which nobody is accepted for the time of a REST,
-REST = SECOND // 250  # which is short: who comes behind a queue full of such waits for all of them
+REST = SECOND // 125  # which is short: who comes behind a queue full of such waits for all of them
 ASK = SECOND // 4  # until we ask again who was hung up on whether that has read
 PAUSE = SECOND  # until a listener that could not accept is tried again
 HELLO_TIME = 10 * SECOND  # in which a connection must have said hello, or read what it was sent
