@@ -75,7 +75,7 @@ class Door(Loop):
         quotas = self.lender.quotas
         quotas.own = descriptors_in_use() - quotas.total.descriptors + RESERVE
         quotas.descriptors = max(0, limit() - quotas.own)
-        quotas.capacity["inflight"] = limit()
+        quotas.capacity["inflight"] = limit()  # as the kernel has it for the broker's uid
         super().run()
 
     def drain(self, seconds: float | None) -> None:

@@ -104,7 +104,6 @@ class Quotas:
             "entries": entries,
             "waiting": sessions,
             "bytes": BYTES,
-            "inflight": NO_LIMIT,  # as the kernel has it for the broker's uid: RLIMIT_NOFILE
         }
         self.descriptors = NO_LIMIT  # of the broker, which clients and entries may take, and ...
         self.own = 0  # ... those that they may not

@@ -276,8 +276,8 @@ class Rig:
     def borrow(self, who: Session, *names: str | bytes, **how) -> bool:
         return self.lender.borrow(who, who.seq + 1, Wish(names, **how), self.now)
 
-    def give_back(self, who: Session) -> None:
-        self.lender.give_back(who, who.seq + 1, self.now)
+    def give_back(self, who: Session) -> bool:
+        return self.lender.give_back(who, who.seq + 1, self.now)
 
     def cancel(self, who: Session) -> None:
         self.lender.cancel(who, who.seq + 1, self.now)

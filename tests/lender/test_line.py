@@ -63,6 +63,20 @@ def test_an_exclusive_loan_waits_until_the_last_shared_one_is_back(lot: Rig):
     assert lot.granted() == [exclusive]
 
 
+def test_a_return_says_whether_others_are_concerned(lot: Rig):
+    one, two, other = lot.clients(3)
+    lot.borrow(one, "a")
+    assert not lot.give_back(one)
+    lot.borrow(one, "a")
+    lot.borrow(two, "a")
+    lot.borrow(other, "a", exclusive=True)
+    assert lot.give_back(one)
+    assert lot.give_back(two)
+    lot.granted()
+    lot.retire("a")
+    assert lot.give_back(other)
+
+
 def test_a_waiting_exclusive_loan_holds_back_later_shared_ones(lot: Rig):
     holder, exclusive, later, latest = lot.clients(4)
     lot.borrow(holder, "a")

@@ -100,3 +100,12 @@ def test_who_wants_a_name_checked_loads_no_lender() -> None:
     loaded = set(done.stdout.split())
     assert "fdbroker.lender.names" in loaded
     assert not loaded & {"fdbroker.lender.lender", "fdbroker.lender.ledger", "fdbroker.rc"}
+
+
+def test_a_plain_wish_takes_one_message_and_what_is_there() -> None:
+    assert parts.Wish(("web",)).plain
+    assert parts.Wish(("web",), exclusive=True, timeout=5, purpose="for a test").plain
+    assert not parts.Wish(("web",), readonly=True).plain
+    assert not parts.Wish(("web", "db")).plain
+    assert not parts.Wish(("web", "db"), readonly=True).plain
+    assert not parts.NO_WISH.plain

@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -569,6 +569,50 @@ def test_detach_wants_no_references(rc: Any, pipe: kit.Pipe) -> None:
         fd.retire()
         with pytest.raises(ClosedFDError):
             fd.detach()
+    assert pipe.ended()
+
+
+def interposed(rc: Any, number: int, *meanwhile: Callable[[Any], object]) -> Any:
+    """An FD for whose references another thread does one thing after the other, each right after
+    they were counted."""
+    todo = list(meanwhile)
+
+    class Interposed(rc.FD):
+        __slots__ = ()
+
+        @property
+        def refs(self) -> int:
+            found: int = rc.FD.refs.fget(self)
+            if todo:
+                todo.pop(0)(self)
+            return found
+
+    return Interposed(number)
+
+
+def test_a_reference_that_comes_just_before_a_detach_stops_it(rc: Any, pipe: kit.Pipe) -> None:
+    fd = interposed(rc, pipe.write, lambda fd: fd.incref())
+    with pytest.raises(ReferencedFDError) as raised:
+        fd.detach()
+    assert raised.value.refs == 1
+    assert repr(fd) == f"<FD {pipe.write}, 1 reference>"
+    fd.decref()
+    fd.close()
+    assert pipe.ended()
+
+
+def test_one_that_comes_in_the_middle_of_it_is_refused(rc: Any, pipe: kit.Pipe) -> None:
+    seen: list[str] = []
+
+    def come(fd: Any) -> None:
+        with pytest.raises(ClosedFDError):
+            fd.incref()
+        seen.append(repr(fd))
+
+    fd = interposed(rc, pipe.write, lambda fd: None, come)
+    assert fd.detach() == pipe.write
+    assert seen == ["<FD about to be detached, 0 references>"]
+    os.close(pipe.write)
     assert pipe.ended()
 
 
