@@ -32,6 +32,8 @@ from support import (
 )
 
 import fdbroker
+from fdbroker.ipc.door import OFFENCES, REST
+from fdbroker.lender.books import SECOND
 
 from .target import ALICE, ANSWERS, BOB, CAROL, KEEPER, SLOWEST, Target, become, meanwhile
 
@@ -356,3 +358,23 @@ def test_who_is_stopped(target: Target) -> None:
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
+
+
+def test_who_breaks_the_rules_again_and_again_is_let_in_only_so_often(target: Target) -> None:
+    """So what that costs leaves most of the time to the others."""
+    tries = 75 * OFFENCES
+
+    def play(test: socket.socket) -> None:
+        become(ALICE)
+        test.recv(100)
+        begun = time.monotonic()
+        for _ in range(tries):
+            with Raw(target.address, hello=False) as raw:
+                raw.send_bytes(b"\x94\0")  # half a hello
+                raw.is_refused(PROTOCOL_ERROR)
+        test.send(b"%f" % (time.monotonic() - begun))
+
+    with meanwhile(play) as control:
+        control.send(b"begin")
+        seconds = float(control.recv(100))
+    assert seconds > tries / OFFENCES * REST / SECOND / 2
