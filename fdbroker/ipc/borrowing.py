@@ -34,7 +34,7 @@ pack_head = HEAD.pack
 
 
 # A borrow that was checked and encoded, all that is the same when it is asked for again: head and
-# tail of the message; how a grant in one message goes on after its seq; how to receive that, and
+# tail of the message; the counts of a grant in one message; how to receive that, and
 # what unpacks its descriptors (struct.error if they are not as many as promised); the names;
 # exclusive; timeout.  A plain tuple, since to unpack a NamedTuple takes five times as long.
 Unpack = Callable[[bytes], tuple[int, ...]]
@@ -99,10 +99,12 @@ def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
             start, of, counted, since = unpack_grant(reply)
             ((_, _, rights),) = ancillary
             fds = unpack(rights)
-            if of != seq or counted != totals or start != GRANTED:
-                raise ValueError
-            received[0] = iter(fds)
+            usual = of == seq and counted == totals and start == GRANTED
         except (ValueError, struct.error):
+            usual = False
+        if usual:
+            received[0] = iter(fds)
+        else:
             fds, since = session.take_loan(seq, len(names), timeout)
         session.fds = fds
         session.names = names

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 FEW = 16  # of its descriptors may be in hand, whatever else there is
 MESSAGE = bytearray(MESSAGE_BYTES + 1)
-"""The message at hand, of whichever connection: to make room for each takes longer than to receive
-it.  One byte more, so that what is too long is not taken for a message cut to size."""
+"""The message at hand, of whichever connection, for the one thread that serves: to make room for
+each takes longer than to receive it.  One byte more than a message has, so that what is too long is
+not taken for one that was cut to size."""
 SPLIT = {
     size: struct.Struct(f"{HEAD.format}{size - HEAD.size}s").unpack_from
     for size in range(HEAD.size, KNOWN_BYTES + 1)
@@ -81,7 +82,7 @@ class Connection:
     )
 
     def __init__(self, sock: socket.socket, peer: Peer, quotas: Quotas) -> None:
-        sock.setblocking(False)
+        sock.setblocking(False)  # `recv_into` must not wait; a flag each time takes longer
         self.sock = sock
         self.number = sock.fileno()
         self.send_message = sock.sendmsg
@@ -115,7 +116,7 @@ class Connection:
         # not once they are here: what cannot be closed stays.  But a few may be closed just now
         if self.account.limited and self.account.closes > FEW:
             self.quotas.check(self.account, "closes", 0)
-        size, self.inbox = unix.receive_into(buffer, self.sock)
+        size, self.inbox = unix.receive_into(self.sock, buffer)
         if self.inbox is not None:
             self.quotas.add(self.account, "closes", len(self.inbox.fds))
             if self.state == READY:

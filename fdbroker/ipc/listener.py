@@ -23,7 +23,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from fdbroker.errors import AlreadyServing, BadAddress
 from fdbroker.ipc.address import check_path
 
-BACKLOG = 1024
+BACKLOG = 512  # behind so many who all break the rules one waits for a second: see `Door.rest`
 PRIVATE = 0o600
 
 log = logging.getLogger("fdbroker")

@@ -61,8 +61,8 @@ class Loop(ABC):
         """Serve until drained."""
         lender, watched, poll = self.lender, self._watched, self._epoll.poll
         while not self.draining or not self._finished():
-            waits = lender.deadlines or self.draining or self.alarm
-            patience = self._patience() if waits else None
+            timed = lender.deadlines or self.draining or self.alarm
+            patience = self._patience() if timed else None
             happened = poll(patience, EVENTS)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
             if len(happened) > 1:
@@ -78,7 +78,7 @@ class Loop(ABC):
                     log.exception("event=error number=%d", number)
                 if lender.decisions or lender.closings:
                     self.settle()
-            if waits:
+            if patience is not None:
                 self._keep_time()
 
     def _keep_time(self) -> None:

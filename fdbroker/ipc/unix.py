@@ -2,7 +2,7 @@
 
 One message is one packet with its descriptors (SCM_RIGHTS, unix(7)): it arrives whole or not at
 all.  What holds here, and where the calls stand that a function of ours would slow down (owned.py,
-putter.py, server.py):
+borrowing.py, loan.py, putter.py; connection.py, answers.py):
 
 * Received descriptors are close-on-exec from the first instant (MSG_CMSG_CLOEXEC), and owned
   before an interrupt can come: by an `Inbox` in the broker, whose signal handlers raise nothing,
@@ -117,7 +117,7 @@ class Inbox:
             self.close()
 
 
-def receive_into(buffer: bytearray, sock: _socket.socket) -> tuple[int, Inbox | None]:
+def receive_into(sock: _socket.socket, buffer: bytearray) -> tuple[int, Inbox | None]:
     """Take one message if there is one, else BlockingIOError: its size, and what came with it.
 
     For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.

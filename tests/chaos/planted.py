@@ -13,7 +13,7 @@ from fdbroker.ipc import unix
 from fdbroker.ipc.jobs import Close
 from fdbroker.lender.books import Books
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import Entry, Session
+from fdbroker.lender.parts import Entry, Session, Wish
 
 
 def everybody_at_once() -> None:
@@ -31,12 +31,14 @@ def everybody_at_once() -> None:
 def another_one() -> None:
     """Now and then another entry than the one that was asked for."""
 
-    def find(self: Lender, name: str | bytes) -> Entry:
+    def borrow(self: Lender, session: Session, seq: int, wish: Wish, now: int) -> bool:
         self.__dict__["asked"] = asked = self.__dict__.get("asked", 0) + 1
-        found = correctly(self, name)
-        return self.names["common/memory"] if asked % 50 == 0 else found
+        if asked % 50 == 0 and len(wish.names) == 1:
+            other = ("common/memory",)
+            wish = Wish(other, wish.exclusive, wish.readonly, wish.timeout, wish.purpose)
+        return correctly(self, session, seq, wish, now)
 
-    correctly, Lender.find = Lender.find, find  # type: ignore[method-assign]
+    correctly, Lender.borrow = Lender.borrow, borrow  # type: ignore[method-assign]
 
 
 def still_there() -> None:
