@@ -42,6 +42,9 @@ CASES = {
         "hostile/test_slow_closes.py::test_what_was_never_received_and_hangs_in_flush",
     ],
     "offenders that fill the queue": ["hostile/test_pressure.py::test_a_queue_full_of_offenders"],
+    "offenders that come again and again": [
+        "hostile/test_pressure.py::test_who_breaks_the_rules_again_and_again_is_let_in_only_so_often"
+    ],
     # --- malice ---
     "unasked descriptors": [
         "hostile/test_unasked.py::test_to_a_session_that_puts",
