@@ -33,9 +33,8 @@ def another_one() -> None:
 
     def borrow(self: Lender, session: Session, seq: int, wish: Wish, now: int) -> bool:
         self.__dict__["asked"] = asked = self.__dict__.get("asked", 0) + 1
-        if asked % 50 == 0 and len(wish.names) == 1:
-            other = ("common/memory",)
-            wish = Wish(other, wish.exclusive, wish.readonly, wish.timeout, wish.purpose)
+        if asked % 20 == 0 and len(wish.names) == 1 and not wish.exclusive:
+            wish = Wish(("common/memory",), False, wish.readonly, wish.timeout, wish.purpose)
         return correctly(self, session, seq, wish, now)
 
     correctly, Lender.borrow = Lender.borrow, borrow  # type: ignore[method-assign]

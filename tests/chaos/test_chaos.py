@@ -63,12 +63,12 @@ def run(seconds: float, seed: int, *options: object) -> str:
 
 
 FOUND = {  # what is said of each, so that none is found by something else that it breaks
-    "everybody-at-once": "was lent to two who exclude each other",
-    "another-one": "asked for",
-    "still-there": "instead of UnknownEntry",
+    "everybody-at-once": "was lent to two who exclude each other|granted, instead of WouldDeadlock",
+    "another-one": "asked for .* and got|\\) was lent|has other contents",
+    "still-there": "granted, instead of UnknownEntry",
     "never-closed": "it was said to be closed, and was open",
-    "no-return-at-death": "everyone is gone, and the broker has",
-    "cut-short": "asked for",
+    "no-return-at-death": "everyone is gone, and the broker has|is busy after",
+    "cut-short": "asked for .* and got",
 }
 
 
@@ -80,7 +80,7 @@ def test_a_planted_mistake_is_found(mistake: str, tmp_path: Path) -> None:
     done = chaos("--seconds", 4, "--seed", 2, *what)
     assert done.returncode == 1, done.stdout + done.stderr
     wrong = [line for line in done.stdout.splitlines() if line.startswith("WRONG: ")]
-    assert any(FOUND[mistake] in line for line in wrong), done.stdout
+    assert any(re.search(FOUND[mistake], line) for line in wrong), done.stdout
     assert "again: python -m tests.chaos --seconds 4 --seed 2" in done.stdout
     assert kept.exists()
 
