@@ -66,7 +66,7 @@ FOUND = {  # what is said of each, so that none is found by something else that 
     "everybody-at-once": "was lent to two who exclude each other|granted, instead of WouldDeadlock",
     "another-one": "asked for .* and got|\\) was lent|has other contents",
     "still-there": "granted, instead of UnknownEntry",
-    "never-closed": "it was said to be closed, and was open",
+    "never-closed": "it was said to be closed, and was open|everyone is gone, and the broker has",
     "no-return-at-death": "everyone is gone, and the broker has|is busy after",
     "cut-short": "asked for .* and got",
 }
