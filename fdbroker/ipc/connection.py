@@ -13,13 +13,12 @@ the lender's to know.)
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from fcntl import ioctl
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.ipc import unix
-from fdbroker.ipc.messages import HEAD, KNOWN_BYTES, MESSAGE_BYTES
+from fdbroker.ipc.messages import MESSAGE_BYTES
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SIOCOUTQ, queued
 from fdbroker.lender.parts import FREE, Peer, Session
 from fdbroker.lender.quotas import Account
@@ -37,11 +36,6 @@ MESSAGE = bytearray(MESSAGE_BYTES + 1)
 """The message at hand, of whichever connection, for the one thread that serves: to make room for
 each takes longer than to receive it.  One byte more than a message has, so that what is too long is
 not taken for one that was cut to size."""
-SPLIT = {
-    size: struct.Struct(f"{HEAD.format}{size - HEAD.size}s").unpack_from
-    for size in range(HEAD.size, KNOWN_BYTES + 1)
-}
-"""What takes apart a message of so many bytes that may be known: its head, its seq, its tail."""
 
 GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 

@@ -249,6 +249,10 @@ KNOWN: dict[bytes, tuple[int, Any]] = {}
 """Requests that were decoded before, by their bytes without the seq: (verb, fields).  Of those who
 may do everything: what the others said is remembered apart (admission.py)."""
 
+SPLIT: dict[int, Callable[[bytes | bytearray], tuple[bytes, int, bytes]]] = {}
+"""What takes apart a request, by how many bytes it has, if any that is known has so many: its head,
+its seq, its tail."""
+
 
 def decode_request(data: bytes) -> tuple[int, int, Any]:
     """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
@@ -266,6 +270,7 @@ def remember(known: dict[bytes, tuple[int, Any]], data: bytes, verb: int, fields
         if len(known) >= KNOWN_REQUESTS:
             known.clear()
         known[data[:3] + data[HEAD.size :]] = verb, fields
+        SPLIT[len(data)] = struct.Struct(f"{HEAD.format}{len(data) - HEAD.size}s").unpack_from
 
 
 def _check(code: int, fields: list[Any]) -> Any:

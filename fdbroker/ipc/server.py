@@ -35,7 +35,6 @@ from fdbroker.ipc.connection import (
     LADEN,
     MESSAGE,
     READY,
-    SPLIT,
     WORKING,
     Connection,
 )
@@ -48,6 +47,7 @@ from fdbroker.ipc.messages import (
     HELLO,
     PUT,
     RETURN,
+    SPLIT,
     VERBS,
     VERSION,
     decode_request,
