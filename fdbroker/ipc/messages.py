@@ -270,7 +270,8 @@ def remember(known: dict[bytes, tuple[int, Any]], data: bytes, verb: int, fields
         if len(known) >= KNOWN_REQUESTS:
             known.clear()
         known[data[:3] + data[HEAD.size :]] = verb, fields
-        SPLIT[len(data)] = struct.Struct(f"{HEAD.format}{len(data) - HEAD.size}s").unpack_from
+        if len(data) not in SPLIT:
+            SPLIT[len(data)] = struct.Struct(f"{HEAD.format}{len(data) - HEAD.size}s").unpack_from
 
 
 def _check(code: int, fields: list[Any]) -> Any:

@@ -211,7 +211,7 @@ class Server(Answers):
                     head, seq, tail = SPLIT[size](MESSAGE)
                     verb, fields = known[head + tail]
                 except KeyError:
-                    self._receive_unusual(connection, bytes(MESSAGE[:size]))
+                    self._receive_unusual(connection, size)
                     return
                 except BlockingIOError:
                     return
@@ -221,7 +221,7 @@ class Server(Answers):
                     self.end(connection)
                     return
                 if seq != session.seq + 1 or connection.state != READY:
-                    self._receive_unusual(connection, bytes(MESSAGE[:size]))
+                    self._receive_unusual(connection, size)
                     return
                 if verb == BORROW:  # as its handler does with one who may
                     if lender.borrow(session, seq, fields, self.now):
@@ -239,14 +239,15 @@ class Server(Answers):
         except Exception:
             self._blame_us(connection)
 
-    def _receive_unusual(self, connection: Connection, data: bytes) -> None:
+    def _receive_unusual(self, connection: Connection, size: int) -> None:
         """The same for what was not said before, comes with descriptors, or out of turn."""
         try:
-            if not data:
+            if not size:
                 self.end(connection)
                 return
             if connection.state == LADEN:
                 connection.state = READY
+            data = bytes(MESSAGE[:size])
             verb, seq, fields = decode_request(data)
             if connection.inbox is not None and not VERBS[verb].takes_descriptor:
                 raise ProtocolError("client", "it sent descriptors that nobody asked for")
