@@ -30,7 +30,6 @@ WHAT = ("sessions", "loans", "entries", "waiting", "bytes", "closes", "inflight"
 # what takes how many of the broker's descriptors: one that is put is among the closes already
 DESCRIPTORS = {"sessions": 1, "entries": 0, "closes": 1}
 NO_LIMIT = 2**53
-LOANS_COUNTED = 2**30 - 1  # the greatest int that CPython compares without a call
 BYTES = 64 * 1024 * 1024  # of answers that nobody has read, in all
 
 
@@ -66,7 +65,7 @@ class Account:
         """Nobody has said how much it may have: whatever there is."""
         self.limited = False
         self.quota = UNLIMITED
-        self.most_loans = LOANS_COUNTED  # quota.loans, by itself since each borrow asks
+        self.most_loans = NO_LIMIT  # quota.loans, by itself since each borrow asks
 
     def hold_to(self, quota: Quota) -> None:
         """It may have that much; if there was another quota before, of each the larger one."""
@@ -74,7 +73,7 @@ class Account:
             quota = Quota(*map(max, self.quota, quota))
         self.limited = True
         self.quota = quota
-        self.most_loans = min(quota.loans, LOANS_COUNTED)
+        self.most_loans = quota.loans
 
     @property
     def descriptors(self) -> int:
