@@ -1,11 +1,13 @@
 """Topic `cycle`: borrow + return, one client with one thread, against BASE.
 
 The broker's variants have everything on: names, rules, quotas, ledger, msgpack.  The goals are
-those of the design.
+those of the design.  Two variants do more than BASE: put + retire has the broker look at what came,
+and close it in a thread; a `SharedFD` is borrowed by the worker of a pool, which it was pickled to.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +16,8 @@ from typing import Any
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.harness import Run, Topic, Variant, needs
 
-MANY = 32
+MANY = 8, 32, 253  # as many as one message can bring
+GOAL_OF_MANY = {32: 0.12}
 
 
 def shared(client: Any) -> Run:
@@ -43,10 +46,10 @@ def borrow(*, exclusive: bool = False) -> Iterator[Run]:
 
 
 @contextmanager
-def borrow_all() -> Iterator[Run]:
+def borrow_all(count: int) -> Iterator[Run]:
     broker_class = needs("fdbroker", "Broker")
     with lent_file() as file, broker_class() as broker:
-        names = [f"x{i}" for i in range(MANY)]
+        names = [f"x{i}" for i in range(count)]
         for name in names:
             broker.put(name, file)
 
@@ -58,6 +61,44 @@ def borrow_all() -> Iterator[Run]:
         yield run
 
 
+@contextmanager
+def put() -> Iterator[Run]:
+    broker_class = needs("fdbroker", "Broker")
+    with lent_file() as file, broker_class() as broker:
+
+        def run(n: int) -> None:
+            put, retire = broker.put, broker.retire
+            for _ in range(n):
+                put("x", file)
+                retire("x")
+
+        yield run
+
+
+@contextmanager
+def share() -> Iterator[Run]:
+    broker_class = needs("fdbroker", "Broker")
+    with (
+        lent_file() as file,
+        broker_class() as broker,
+        broker.share(file) as ref,
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
+
+        def run(n: int) -> None:
+            pool.apply(borrow_often, (ref, n))
+
+        yield run
+        pool.close()
+        pool.join()
+
+
+def borrow_often(ref: Any, n: int) -> None:
+    """The worker's part."""
+    for _ in range(n):
+        ref.borrow().close()
+
+
 TOPIC = Topic(
     name="cycle",
     unit="borrow + return of one descriptor",
@@ -67,7 +108,18 @@ TOPIC = Topic(
         BASE_C,
         Variant("borrow", borrow, against="base", goal=1.40),
         Variant("borrow exclusive", partial(borrow, exclusive=True), against="base"),
-        Variant(f"borrow_all of {MANY}", borrow_all, against="base", per=MANY, goal=0.12),
+        *(
+            Variant(
+                f"borrow_all of {count}",
+                partial(borrow_all, count),
+                against="base",
+                per=count,
+                goal=GOAL_OF_MANY.get(count),
+            )
+            for count in MANY
+        ),
+        Variant("put + retire", put, against="base", cycles=640),
+        Variant("SharedFD in a pool", share, against="base"),
     ),
     check=C_CHECK,
 )

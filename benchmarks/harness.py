@@ -68,6 +68,7 @@ class Topic:
     cycles: int  # of that unit, for each variant in each round
     variants: tuple[Variant, ...]
     check: Check | None = None
+    ladder: tuple[str, ...] = ()  # variants of which each does one thing more; the last does all
 
     def measure(self, rounds: int) -> Result:
         return measure(self, rounds)
@@ -165,6 +166,7 @@ def measure(topic: Topic, rounds: int) -> Result:
     return {
         "unit": topic.unit,
         "check": asdict(topic.check) if topic.check else None,
+        "ladder": topic.ladder,
         "left_out": left_out,
         "variants": [record for _, record in taken],
     }

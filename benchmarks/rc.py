@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Thread
 from timeit import Timer
 from typing import Any
 
@@ -17,6 +18,8 @@ from benchmarks.base import lent_file
 from benchmarks.harness import Run, Topic, Variant, needs
 
 UNROLLED = 20
+THREADS = 8
+PAIR = "fd.incref(); fd.decref()"
 
 
 class Empty:
@@ -58,6 +61,21 @@ def counted(text: str) -> Iterator[Run]:
 
 
 @contextmanager
+def contended() -> Iterator[Run]:
+    """Pairs on one FD by several threads at once; n counts those of all."""
+    with counted(PAIR) as pairs:
+
+        def run(n: int) -> None:
+            threads = [Thread(target=pairs, args=(n // THREADS,)) for _ in range(THREADS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        yield run
+
+
+@contextmanager
 def duplicated() -> Iterator[Run]:
     with (
         lent_file() as file,
@@ -73,14 +91,19 @@ TOPIC = Topic(
     variants=(
         Variant(
             "two empty method calls",
-            partial(statement, "fd.incref(); fd.decref()", fd=Empty()),
+            partial(statement, PAIR, fd=Empty()),
             against="two empty method calls",
         ),
         Variant(
             "incref + decref",
-            partial(counted, "fd.incref(); fd.decref()"),
+            partial(counted, PAIR),
             against="two empty method calls",
             goal=2.4,
+        ),
+        Variant(
+            f"incref + decref, {THREADS} threads on one FD",
+            contended,
+            against="incref + decref",
         ),
         Variant("dup + close", duplicated, against="dup + close"),
         Variant(

@@ -56,6 +56,11 @@ TOPIC = Topic(
     variants=(
         Variant(BARE, partial(program, sys.executable, "-I", "-c", "pass"), against=BARE),
         Variant("true", partial(program, "true"), against=BARE),
+        Variant(
+            "python -I -c 'import fdbroker'",
+            partial(program, sys.executable, "-I", "-c", "import fdbroker"),
+            against=BARE,
+        ),
         Variant("fdbroker exec -- true", partial(exec_true, SCRIPT), against=BARE, goal=2.5),
         Variant(
             "python -m fdbroker exec -- true",

@@ -37,6 +37,8 @@ def table(result: Result) -> str:
             lines += figures(topic)
             continue
         lines += [*rows(topic), ""]
+        if topic.get("ladder"):
+            lines += [*layers(topic), ""]
         lines += [f"Left out: {one}: {why}." for one, why in topic["left_out"].items()]
         lines += [judge(topic)[1]]
     return "\n".join(lines).rstrip()
@@ -68,6 +70,25 @@ def rows(topic: Result) -> Iterator[str]:
             shares = ratios(topic, variant)
             cells += [f"{median(shares):.3f}", spread(shares), variant["against"]]
         yield "| " + " | ".join([*cells, goal, f"{switches:.2f}"]) + " |"
+
+
+def layers(topic: Result) -> Iterator[str]:
+    """What each rung of the ladder takes beyond the one before it, in the median of the rounds; the
+    last line is what the whole takes beyond their sum."""
+    yield "| layer | µs | of the whole |"
+    yield "|---|---|---|"
+    rungs = [find(topic, name) for name in topic["ladder"]]
+    whole = median(micros(rungs[-1]))
+    before = [0.0] * len(rungs[0]["ns"])
+    total = 0.0
+    for rung in rungs[:-1]:
+        times = micros(rung)
+        took = median(mine - less for mine, less in zip(times, before, strict=True))
+        yield f"| {rung['name']} | {took:.2f} | {took / whole:.1%} |"
+        before = times
+        total += took
+    yield f"| **sum** | **{total:.2f}** | **{total / whole:.1%}** |"
+    yield f"| {rungs[-1]['name']} | {whole:.2f} | 100% |"
 
 
 def judge(topic: Result) -> tuple[str, str]:
