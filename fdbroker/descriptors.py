@@ -70,10 +70,20 @@ LISTENERS = frozenset({Kind.LISTENING_SOCKET, Kind.UNCONNECTED_SOCKET})
 """Kinds that a borrower's shutdown(2) ends for everybody, now or once somebody calls listen(2)."""
 
 REFUSED = {
-    Kind.DIRECTORY: 'a borrower could reach everything above it, as openat(fd, "../..") does',
-    Kind.PATH: "an O_PATH descriptor is no open file, and a borrower could open it with its rights",
-    Kind.EPOLL: "its registrations would outlive the descriptors they were made for (epoll(7))",
-    Kind.IO_URING: "it acts with the memory and the rights of the process that made it",
+    Kind.DIRECTORY: (
+        'a borrower could reach all that is above it (openat(fd, "../..")); put the files in it'
+    ),
+    Kind.PATH: (
+        "it is no open file, and a borrower could open that with rights of its own; open the file, "
+        "and put that"
+    ),
+    Kind.EPOLL: (
+        "its registrations would outlive the descriptors they were made for (epoll(7)); put these"
+    ),
+    Kind.IO_URING: (
+        "it acts with the memory and the rights of the process that made it; put the files that it "
+        "works on"
+    ),
     Kind.CONNECTED_UNIX_SOCKET: (
         "it can carry descriptors itself, so it could be sent through itself and never be freed "
         "(unix(7)); lend its listening socket"
@@ -141,13 +151,15 @@ def reopen_read_only(fd: int) -> int:
         reason = "only files and memfds can be opened anew for reading, borrow it as it is"
         raise UnsupportedKind(kind.label, reason)
     if fcntl(fd, F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
-        raise UnsupportedKind(kind.label, "it was put for writing only, a loan is never wider")
+        raise UnsupportedKind(kind.label, "it was put for writing only, borrow it as it is")
     if kind is Kind.FILE and _file_system(fd) in PSEUDO_FILE_SYSTEMS:
-        raise UnsupportedKind(kind.label, "opening a file of this file system has side effects")
+        reason = "to open a file of this file system has side effects, borrow it as it is"
+        raise UnsupportedKind(kind.label, reason)
     try:
         return open_now(f"/proc/self/fd/{fd}", os.O_RDONLY)
     except FileNotFoundError:
-        raise UnsupportedKind(kind.label, "the broker has no /proc to open it anew") from None
+        reason = "the broker has no /proc to open it anew, borrow it as it is"
+        raise UnsupportedKind(kind.label, reason) from None
     except BlockingIOError:
         reason = "another process has a lease on it, which it is asked to give up: try again"
         raise UnsupportedKind(kind.label, reason) from None

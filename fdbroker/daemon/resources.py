@@ -58,14 +58,17 @@ def adopt(name: str, how: str, sysfd: int) -> Opened:
 
 
 def open_all(resources: Iterable[Resource]) -> list[Opened]:
-    """Open each of them, or none: errors name which could not be.  `BadResource`, OSError."""
+    """Open each of them, or none: errors name which could not be.  `BadResource`, OSError,
+    `UnsupportedKind`."""
     opened: list[Opened] = []
     try:
         for name, how, what in resources:
             try:
                 opened.append(adopt(name, how, openers.make(how, what)))
-            except (BadResource, UnsupportedKind) as error:
+            except BadResource as error:
                 raise BadResource(f'entry "{name}": {how}', what, error.reason) from None
+            except UnsupportedKind as error:
+                raise _named(error, f'entry "{name}": {how} {what!r}') from None
             except OSError as error:
                 said = f'entry "{name}": {how} {what!r}: {error.strerror}'
                 raise OSError(error.errno, said) from None
@@ -75,9 +78,13 @@ def open_all(resources: Iterable[Resource]) -> list[Opened]:
     return opened
 
 
+def _named(error: UnsupportedKind, which: str) -> UnsupportedKind:
+    return UnsupportedKind(error.kind, f"{error.reason} ({which})")
+
+
 def adopt_numbers(resources: Iterable[Resource], keep: set[int | None]) -> list[Opened]:
     """Take over descriptors that are open here by their numbers, none of which is of those in
-    `keep`; 0 and 1 then lead to /dev/null.  `BadResource`, OSError: nothing has changed."""
+    `keep`; 0 and 1 then lead to /dev/null.  Raises what `open_all` does: nothing has changed."""
     resources = list(resources)
     opened = open_all(resources)
     for number in {int(resource.what) for resource in resources} - keep:
@@ -96,7 +103,7 @@ def let_go(number: int) -> None:
 
 
 def adopt_handed_over(handed: Sequence[Handed]) -> list[Opened]:
-    """Take over what the service manager gave.  `BadResource`, OSError: all of it is closed."""
+    """Take over what the service manager gave.  `UnsupportedKind`, OSError: all of it is closed."""
     opened: list[Opened] = []
     left = list(handed)
     try:
@@ -105,7 +112,7 @@ def adopt_handed_over(handed: Sequence[Handed]) -> list[Opened]:
             try:
                 opened.append(adopt(name, "fd", number))
             except UnsupportedKind as error:
-                raise BadResource("LISTEN_FDNAMES", name, error.reason) from None
+                raise _named(error, f'LISTEN_FDNAMES "{name}"') from None
     except BaseException:
         for one in opened:
             one.discard()
@@ -167,7 +174,7 @@ class Resources:
     def start(self, others: list[Opened], first: Config) -> None:
         """Enter `others`, and what the file says.
 
-        Raises `BadResource`, `BrokerFull`, OSError; then nothing was taken.
+        Raises `BadResource`, `UnsupportedKind`, `BrokerFull`, OSError; then nothing was taken.
         """
         opened = open_all(first.entries)
         try:

@@ -489,31 +489,32 @@ def test_signals_one_upon_the_other_leave_no_socket(tmp_path):
 # --- what is wrong ---
 
 TOML = "[entry.web]\nlisten = '127.0.0.1:0'\n"
-BAD_OPTIONS = [
-    ["--listen", "web"],
-    ["--listen", "web=http"],
-    ["--listen", "=80"],
-    ["--listen", "a b=80"],
-    ["--listen", "web=127.0.0.1:0", "--listen", "web=127.0.0.1:0"],
-    ["--listen", "web=127.0.0.1:0", "--config", "f.toml"],
-    ["--listen", "web=192.0.2.1:80"],
-    ["--listen", "web=unix:/none/such/socket"],
-    ["--open", "data"],
-    ["--open", "data=/none/such"],
-    ["--open", "data=/"],
-    ["--memfd", "m=much"],
-    ["--memfd", "m=16777216T"],
-    ["--fd", "x=stdin"],
-    ["--fd", "x=99"],
-    ["--config", "none.toml"],
-    ["--config", "bad.toml"],
-    ["--check", "--config", "bad.toml"],
-    ["--check", "--listen", "web=http", "--config", "f.toml"],
-    ["--socket", ""],
-    ["--ready-fd", "99"],
-    ["--ready-fd", "-1"],
-    ["--ready-fd", "99999999999999999999"],
-    ["--owner-fd", "99"],
+BAD_OPTIONS = [  # and the exit status
+    (2, ["--listen", "web"]),
+    (2, ["--listen", "web=http"]),
+    (2, ["--listen", "=80"]),
+    (2, ["--listen", "a b=80"]),
+    (2, ["--listen", "web=127.0.0.1:0", "--listen", "web=127.0.0.1:0"]),
+    (2, ["--listen", "web=127.0.0.1:0", "--config", "f.toml"]),
+    (1, ["--listen", "web=192.0.2.1:80"]),
+    (1, ["--listen", "web=unix:/none/such/socket"]),
+    (2, ["--open", "data"]),
+    (1, ["--open", "data=/none/such"]),
+    (1, ["--open", "data=/"]),
+    (2, ["--memfd", "m=much"]),
+    (2, ["--memfd", "m=16777216T"]),
+    (2, ["--fd", "x=stdin"]),
+    (1, ["--fd", "x=99"]),
+    (1, ["--config", "none.toml"]),
+    (1, ["--config", "bad.toml"]),
+    (1, ["--config", "folder.toml"]),
+    (1, ["--check", "--config", "bad.toml"]),
+    (2, ["--check", "--listen", "web=http", "--config", "f.toml"]),
+    (1, ["--socket", ""]),
+    (2, ["--ready-fd", "99"]),
+    (2, ["--ready-fd", "-1"]),
+    (2, ["--ready-fd", "99999999999999999999"]),
+    (2, ["--owner-fd", "99"]),
 ]
 MISUSED = [  # which argparse finds
     ["--drain", "soon"],
@@ -527,23 +528,34 @@ MISUSED = [  # which argparse finds
 ]
 
 
-@pytest.mark.parametrize("arguments", BAD_OPTIONS, ids=" ".join)
-def test_a_bad_option_is_one_line(tmp_path, arguments):
+@pytest.mark.parametrize(
+    ("status", "arguments"), BAD_OPTIONS, ids=[" ".join(words) for _, words in BAD_OPTIONS]
+)
+def test_a_bad_option_is_one_line(tmp_path, status, arguments):
     (tmp_path / "f.toml").write_text(TOML)
     (tmp_path / "bad.toml").write_text(TOML + "listne = 1\n")
+    (tmp_path / "folder.toml").write_text("[entry.data]\nopen = '/'\n")
     done = run("serve", "--socket", tmp_path / "folder" / "s", *arguments, cwd=tmp_path)
-    assert done.returncode in (1, 2)
+    assert done.returncode == status
     assert done.stdout == ""
     assert done.stderr.startswith("fdbroker: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "folder" / "s").exists()
 
 
+def test_what_cannot_be_kept_is_said_with_its_kind_and_its_name(tmp_path):
+    done = run("serve", "--socket", tmp_path / "s", "--open", "data=/")
+    assert "kind directory" in done.stderr
+    assert "put the files in it" in done.stderr
+    assert "(entry \"data\": open '/')" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", MISUSED, ids=" ".join)
 def test_misuse_is_said(tmp_path, arguments):
     done = run("serve", "--socket", tmp_path / "s", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "fdbroker" in done.stderr.splitlines()[-1]
+    assert done.stderr.startswith("fdbroker: ")
+    assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
 
 
