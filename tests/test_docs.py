@@ -6,6 +6,8 @@ import ast
 import json
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +120,19 @@ def test_every_command_is_on_a_page_and_in_the_readme() -> None:
 def test_the_page_of_commands_has_the_tables_of_today(header: tuple[str, ...]) -> None:
     lines = (DOCS / "commands.md").read_text().splitlines()
     assert header in [tuple(line.split()) for line in lines]
+
+
+def test_the_program_in_the_readme_runs(tmp_path: Path) -> None:
+    """The pool's, word for word, with one line more, which looks at what came of it."""
+    (program,) = re.findall(
+        r"^```python\n(import.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    (tmp_path / "pages.py").write_text(
+        program + "    print(b''.join(pages) == open('data.bin', 'rb').read())\n"
+    )
+    (tmp_path / "data.bin").write_bytes(b"".join(bytes([page]) * 4096 for page in range(8)))
+    command = [sys.executable, "pages.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

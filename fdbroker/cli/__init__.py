@@ -29,6 +29,11 @@ COMMANDS = {  # and what the list of them says
     "exec": "borrow descriptors and become the program that uses them",
 }
 
+EXAMPLES = """\
+  fdbroker serve --listen web=:8000 &
+  fdbroker exec --wait 5 --fd web -- uvicorn app:app --fd '{web}'\
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is its exit status, one of `status.MEANINGS`."""
@@ -70,7 +75,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="fdbroker",
         description="Keep open file descriptors under names and lend them to other processes.",
-        epilog="exit status:\n" + status.table(),
+        epilog=f"examples:\n{EXAMPLES}\n\nexit status:\n{status.table()}",
     )
     parser.add_argument("--version", action="version", version=f"fdbroker {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")

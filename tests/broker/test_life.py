@@ -495,8 +495,8 @@ def test_no_program_to_start_is_an_oserror(temp):
         assert owner.do("os.listdir('/proc/self/fd')") == before
 
 
-def test_as_in_the_readme(temp):
-    """A program of its own, from the outside: quiet, and gone with all it made."""
+def test_a_program_of_its_own(temp):
+    """From the outside: quiet, and gone with all it made."""
     program = textwrap.dedent("""
         import os, fdbroker
         with fdbroker.Broker() as broker, open(os.devnull) as null:
