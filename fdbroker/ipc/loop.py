@@ -119,8 +119,8 @@ class Loop(ABC):
         first = min((time for time in times if time is not None), default=None)
         if first is None:
             return None
-        left = (first - clock_gettime_ns(CLOCK_BOOTTIME)) / SECOND + 0.001
-        return min(max(0.0, left), LONGEST_SLEEP)
+        left = first - clock_gettime_ns(CLOCK_BOOTTIME)
+        return min(left / SECOND + 0.001, LONGEST_SLEEP) if left > 0 else 0.0
 
     @abstractmethod
     def in_turn(self, happened: list[tuple[int, int]]) -> list[tuple[int, int]]:

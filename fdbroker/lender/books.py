@@ -42,7 +42,7 @@ from fdbroker.lender.parts import (
 from fdbroker.lender.quotas import Quotas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 HOLDERS_NAMED = 8  # by a BorrowTimeout at most, which must fit a reply (REPLY_BYTES)
@@ -131,12 +131,16 @@ class Books:
         for entry in dict.fromkeys(entries):
             if entry.state == RETIRING and not entry.holders:
                 self.closings.append(entry)
-        self._serve_lines(wish, entries, now)
+        self._serve_lines(dict.fromkeys(entries, wish.exclusive), now)
 
-    def _serve_lines(self, wish: Wish, entries: Sequence[Entry], now: int) -> None:
+    def _serve_lines(self, left: Mapping[Entry, bool], now: int) -> None:
+        """Serve the lines of these, each once: somebody has left, exclusively or not.
+
+        A shared one left nobody better off but an exclusive one who is the first now.
+        """
         refused: set[int] = set()
-        for entry in dict.fromkeys(entries):
-            if entry.line and (wish.exclusive or entry.turns):
+        for entry, exclusively in left.items():
+            if entry.line and (exclusively or next(iter(entry.line.values())).wish.exclusive):
                 self.serve_line(entry, now, refused)
 
     def stand_in_line(self, session: Session) -> None:
@@ -159,14 +163,17 @@ class Books:
             entry.line.pop(session.slot, None)
             entry.turns.pop(session.slot, None)
 
-    def _leave_line(self, session: Session, now: int) -> None:
-        """Stop waiting without a grant; those behind may now go."""
-        self._commit(session, IDLE)
-        self._step_out(session)
-        self._give_cells(session)
-        wish, entries = session.wish, session.entries
-        session.wish, session.entries = NO_WISH, ()
-        self._serve_lines(wish, entries, now)
+    def _leave_lines(self, sessions: Sequence[Session], now: int) -> None:
+        """They stop waiting without a grant; those behind may now go."""
+        left: dict[Entry, bool] = {}
+        for session in sessions:
+            self._commit(session, IDLE)
+            self._step_out(session)
+            self._give_cells(session)
+            for entry in session.entries:
+                left[entry] = session.wish.exclusive or left.get(entry, False)
+            session.wish, session.entries = NO_WISH, ()
+        self._serve_lines(left, now)
 
     def _give_cells(self, session: Session) -> None:
         """The room for the members of its loan is free again."""
@@ -234,12 +241,11 @@ class Books:
     ) -> None:
         """Raise if `session` must not wait: its process has it itself, or it has no time."""
         self.quotas.check(session.account, "waiting")
-        pid = session.peer.pid
         for entry in entries:
-            if entry.held_exclusively and pid:
+            if entry.held_exclusively:
                 (holder,) = entry.holders.values()
-                if holder.peer.pid == pid:
-                    raise WouldDeadlock(entry.name, pid)
+                if holder.peer.is_process_of(session.peer):
+                    raise WouldDeadlock(entry.name, session.peer.pid)
         if wish.timeout == 0:
             raise self._timed_out(wish, entries, None, 0, now)
 
@@ -247,6 +253,7 @@ class Books:
         self, wish: Wish, entries: Sequence[Entry], arrival: int | None, seconds: float, now: int
     ) -> BorrowTimeout:
         """The error that names who has what is wished for."""
+        entries = list(dict.fromkeys(entries))
         held = [entry for entry in entries if self._is_held(entry, wish)]
         busy = held or [entry for entry in entries if self._is_behind(entry, wish, arrival)]
         holders: dict[int, tuple[int, int, float, bool]] = {}
@@ -262,7 +269,7 @@ class Books:
         error: FDBrokerError
         if session.state == WAITING:
             error = self._timed_out(session.wish, session.entries, session.arrival, seconds, now)
-            self._leave_line(session, now)
+            self._leave_lines([session], now)
         else:
             entry = session.awaited
             assert entry is not None
@@ -289,11 +296,11 @@ class Books:
         if entry.owner is not None:
             entry.owner.owned.pop(entry.slot, None)
         entry.fd.retire()
-        for session in list(entry.line.values()):
-            if session.state == WAITING:
-                self._leave_line(session, now)
-                retired = EntryRetired(entry.name)
-                self.decisions.append((session, session.borrow_seq, retired))
+        waiting = list(entry.line.values())
+        self._leave_lines(waiting, now)
+        for session in waiting:
+            retired = EntryRetired(entry.name)
+            self.decisions.append((session, session.borrow_seq, retired))
         if not entry.holders:
             self.closings.append(entry)
 

@@ -80,7 +80,7 @@ class Lender(Books):
     def clear(self, session: Session, now: int) -> None:
         """The session has ended: so does its loan or its wait; its ephemeral entries retire."""
         if session.state == WAITING:
-            self._leave_line(session, now)
+            self._leave_lines([session], now)
         elif session.state == LENT:
             self.give_back(session, session.seq, now)
         elif session.state == CLOSING:
@@ -105,6 +105,9 @@ class Lender(Books):
         """
         if session.state != IDLE:
             raise out_of_turn(session, "a session carries one loan, or one wait")
+        account = session.account
+        if account.loans + wish.count > account.most_loans:  # before any of the names costs time
+            self.quotas.check(account, "loans", wish.count)
         names, exclusive, entries = self.names, wish.exclusive, []
         for name in wish.names:
             entry = names.get(name) or self.find(name)  # type: ignore[arg-type]
@@ -113,9 +116,6 @@ class Lender(Books):
             if exclusive and (entry.holders or entry.line):
                 return self._stand_in_line(session, seq, wish, now)
             entries.append(entry)
-        account = session.account
-        if account.loans >= account.most_loans:
-            self.quotas.check(account, "loans")
         if wish.has_more:
             self._note_more(session, wish, entries)
         record = session.record
@@ -131,7 +131,6 @@ class Lender(Books):
         """It cannot be granted at once."""
         entries = [self.find(name) for name in wish.names]
         self._refuse_wait(session, wish, entries, now)
-        self.quotas.check(session.account, "loans")
         if wish.has_more:
             self._note_more(session, wish, entries)
         record = session.record
@@ -147,7 +146,6 @@ class Lender(Books):
     def _note_more(self, session: Session, wish: Wish, entries: list[Entry]) -> None:
         """Write what most loans have not; `BrokerFull`, `QuotaExceeded`: nothing was noted."""
         if len(entries) > 1:
-            self.quotas.check(session.account, "loans", len(entries))
             self.quotas.check_members(session.account, len(entries) - 1)
             session.cells = self._cells.take_many(len(entries) - 1)
             self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
@@ -282,9 +280,8 @@ class Lender(Books):
         """
         entry = self.find(name)
         self.quotas.check(session.account, "waiting")
-        pid = session.peer.pid
-        if pid and any(holder.peer.pid == pid for holder in entry.holders.values()):
-            raise WouldDeadlock(entry.name, pid)
+        if any(holder.peer.is_process_of(session.peer) for holder in entry.holders.values()):
+            raise WouldDeadlock(entry.name, session.peer.pid)
         session.seq = seq
         session.record[BORROW_SEQ], session.record[WHAT] = seq, entry.slot
         self._ask(session, seq, now, timeout)
@@ -314,8 +311,11 @@ class Lender(Books):
         return heap[0][0] if heap else None
 
     def expire(self, now: int) -> None:
-        """Decide for everyone whose deadline has come."""
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
+        """Decide for one whose deadline has come, the earliest.  For each the others in its lines
+        may have to be looked at, so who has many end in one instant has the caller do other things
+        between."""
+        deadline = self.next_deadline()
+        if deadline is not None and deadline <= now:
             self._time_out(self.sessions[heappop(self.deadlines)[3]], now)
 
 

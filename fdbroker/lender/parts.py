@@ -38,6 +38,11 @@ class Peer(NamedTuple):
     gid: int
     pid: int
 
+    def is_process_of(self, other: Peer) -> bool:
+        """Whether both are sessions of one process.  A pid alone says nothing: that of one who is
+        dead may be another's by now."""
+        return self.pid == other.pid != 0 and self.uid == other.uid
+
 
 class Entry:
     """A descriptor that the broker keeps under a name, or nameless under a ticket."""
@@ -103,6 +108,7 @@ class Wish:
     """
 
     __slots__ = (
+        "count",
         "exclusive",
         "has_more",
         "names",
@@ -123,6 +129,7 @@ class Wish:
         purpose: str = "",
     ) -> None:
         self.names = names
+        self.count = len(names)
         self.exclusive = exclusive
         self.readonly = readonly
         self.timeout = timeout

@@ -294,7 +294,8 @@ class Rig:
 
     def time_passes(self, seconds: float) -> None:
         self.now += int(seconds * SECOND)
-        self.lender.expire(self.now)
+        while (due := self.lender.next_deadline()) is not None and due <= self.now:
+            self.lender.expire(self.now)
 
     def decided(self) -> list[tuple[Session, object]]:
         """Who was told what since the last time: None is a grant, or the final close."""

@@ -196,9 +196,10 @@ class NaiveLender:
         self.step()
 
     def expire(self, now):
-        while due := [
+        due = [
             wait for wait in self.waiting + self.watches if wait.deadline and wait.deadline <= now
-        ]:
+        ]
+        if due:
             self.time_out(min(due, key=lambda wait: (wait.deadline, wait.session.id)), now)
             self.step()
 
@@ -358,7 +359,7 @@ def conflict(one, other):
 
 
 def same_pid(one, other):
-    return one.peer[2] == other.peer[2] != 0
+    return one.peer[0] == other.peer[0] and one.peer[2] == other.peer[2] != 0
 
 
 def lowest(count, limit, taken, what):

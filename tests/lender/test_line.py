@@ -9,6 +9,7 @@ from fdbroker.errors import (
     BorrowTimeout,
     BrokerFull,
     ProtocolError,
+    QuotaExceeded,
     UnknownEntry,
     UnknownTicket,
     WouldDeadlock,
@@ -16,6 +17,7 @@ from fdbroker.errors import (
 from fdbroker.lender.books import HOLDERS_NAMED
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.parts import IDLE, LENT, NO_WISH, WAITING, Wish
+from fdbroker.lender.quotas import DEFAULT
 
 from .kit import SECOND, Rig
 
@@ -538,3 +540,81 @@ def test_no_room_for_a_session_leaves_nothing_behind():
     assert rig.ledger.buffer == before
     rig.end(first)
     assert rig.client().slot == first.slot
+
+
+# --- a long line costs little
+
+
+class Counting(Lender):
+    """Counts how often somebody who waits is looked at."""
+
+    looks = 0
+
+    def _grantable(self, session, refused):
+        type(self).looks += 1
+        return super()._grantable(session, refused)
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch):
+    """50 shared waits for `a` and `c`, which is taken, with one end; an exclusive one behind."""
+    rig = Rig((60, 6, 200))
+    monkeypatch.setattr(rig.lender, "__class__", Counting)
+    monkeypatch.setattr(Counting, "looks", 0)
+    for name in "abc":
+        rig.put(name)
+    holder, *waiting = rig.clients(51)
+    rig.borrow(holder, "c", exclusive=True)
+    for client in waiting:
+        assert not rig.borrow(client, "a", "b", "c", timeout=5 * SECOND)
+    assert not rig.borrow(rig.client(), "a", exclusive=True)
+    Counting.looks = 0
+    yield rig
+    rig.check()
+    rig.descriptors.abandon(rig.lender)
+
+
+def test_one_wait_ends_at_a_time(crowd: Rig):
+    crowd.now += 5 * SECOND
+    crowd.lender.expire(crowd.now)
+    assert len(crowd.decided()) == 1
+    assert crowd.lender.next_deadline() == crowd.now
+
+
+def test_shared_waits_that_end_have_nobody_looked_at_but_who_is_the_first_then(crowd: Rig):
+    crowd.time_passes(5)
+    assert len(crowd.decided()) == 51, "the exclusive one has its turn"
+    assert Counting.looks <= 2
+
+
+def test_an_entry_that_retires_has_each_who_waits_looked_at_once(crowd: Rig):
+    last = crowd.client()
+    crowd.borrow(last, "b")
+    behind = crowd.clients(5)
+    for client in behind:
+        assert not crowd.borrow(client, "b", exclusive=True)
+    Counting.looks = 0
+    crowd.retire("a")
+    assert len(crowd.decided()) == 51
+    assert Counting.looks <= len(behind) + 1
+
+
+def test_an_exclusive_one_that_leaves_has_each_behind_it_looked_at_once(crowd: Rig):
+    first = crowd.lender.names["a"]
+    crowd.cancel(list(first.line.values())[-1])
+    assert Counting.looks <= 2 * 50
+
+
+def test_what_is_over_the_quota_has_no_name_looked_up(lot: Rig):
+    (client,) = lot.clients(1)
+    client.account.hold_to(DEFAULT._replace(loans=3))
+    with pytest.raises(QuotaExceeded) as caught:
+        lot.borrow(client, "none", "such", "names", "here")
+    assert caught.value.data == ("loans", 0, 3)
+
+
+def test_the_pid_of_another_uid_is_another_process(lot: Rig):
+    one, other = lot.client(pid=7, uid=1000), lot.client(pid=7, uid=2000)
+    lot.borrow(one, "a", exclusive=True)
+    assert not lot.borrow(other, "a")
+    lot.retire_and_wait(lot.client(pid=7, uid=2000), "a")
