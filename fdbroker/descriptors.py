@@ -74,8 +74,8 @@ REFUSED = {
         'a borrower could reach all that is above it (openat(fd, "../..")); put the files in it'
     ),
     Kind.PATH: (
-        "it is no open file, and a borrower could open that with rights of its own; open the file, "
-        "and put that"
+        "an O_PATH descriptor is no open file, and a borrower could open it with its rights; open "
+        "the file, and put that"
     ),
     Kind.EPOLL: (
         "its registrations would outlive the descriptors they were made for (epoll(7)); put these"
