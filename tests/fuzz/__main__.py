@@ -52,7 +52,7 @@ def main() -> int:
         command += [f"-runs={runs}", f"-max_total_time={options.seconds}", f"-seed={options.seed}"]
         command.append(f"-artifact_prefix={os.getcwd()}/")
         # what its end leaves behind in the temporary folder goes with it
-        environment = os.environ | {"PYTHONPATH": str(TESTS), "TMPDIR": folder}
+        environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "TMPDIR": folder}
         return 1 if subprocess.run(command, cwd=TESTS.parent, env=environment).returncode else 0
 
 

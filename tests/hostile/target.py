@@ -50,6 +50,7 @@ from fdbroker.ipc.client import forget_client_at
 from fdbroker.ipc.pool import cut_off
 
 ALICE, BOB, CAROL, EVE, KEEPER = range(65_520, 65_525)  # uids; nobody has an account for them
+TESTS = Path(__file__).parents[1]
 GROWTH = 1 << 20  # bytes that the broker may grow by in an attack, after it has seen it once
 SLOWEST = 2.0  # seconds that an answer may take, on a machine that does much else
 ANSWERS = 25  # that the good client must have had during each attack
@@ -137,7 +138,7 @@ class Target:
                     *(sys.executable, "-W", "error", "-m", "hostile.serving", json.dumps(how)),
                     *(*serve, "--ready-fd", str(told)),
                 ],
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+                env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
                 stderr=log,
                 pass_fds=[told],
             )

@@ -209,3 +209,19 @@ def test_many_clients_that_own_something_share_one_session(
             client.share(data_file).close()
     assert len(until_exit) == 1
     wait_until(lambda: broker.stats()["sessions"] == before + 1)
+
+
+def test_what_was_put_is_close_on_exec_in_the_broker(
+    broker: fdbroker.Broker, data_file: IO[bytes]
+) -> None:
+    """As all that it has is, but for the standard streams."""
+    broker.put("data", data_file)
+    numbers = [number for number in open_files(broker.pid) if number > 2]
+    assert any(
+        os.path.samestat(os.stat(f"/proc/{broker.pid}/fd/{number}"), os.fstat(data_file.fileno()))
+        for number in numbers
+    )
+    for number in numbers:
+        text = Path(f"/proc/{broker.pid}/fdinfo/{number}").read_text()
+        flags = int(text.partition("flags:")[2].split()[0], 8)
+        assert flags & os.O_CLOEXEC, f"{number}: {text}"
