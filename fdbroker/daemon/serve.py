@@ -225,6 +225,7 @@ def _watch_owner(server: Server, owner_fd: int) -> None:
         os.close(owner_fd)
         server.drain(None)
 
+    os.set_inheritable(owner_fd, False)
     server.watch(owner_fd, owner_has_ended)
 
 
