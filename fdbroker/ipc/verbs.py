@@ -157,11 +157,11 @@ def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     check_right_somewhere(at, ENTRIES)
     server.lender.advance(at.session, seq)
     following, rows = 0, list[EntryRow]()
-    for looks, entry in enumerate(server.lender.entries_from(cursor)):
+    for looks, (slot, entry) in enumerate(server.lender.entries_from(cursor)):
         if len(rows) == PAGE_ROWS or looks == PAGE_LOOKS:
-            following = entry.slot
+            following = slot
             break
-        if entry.name and at.rights.may("list", entry.name):
+        if entry is not None and entry.name and at.rights.may("list", entry.name):
             rows.append(
                 EntryRow(
                     entry.name,
@@ -189,10 +189,12 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
         check_right_somewhere(at, LOANS)
     server.lender.advance(at.session, seq)
     following, rows = (0, 0), list[LoanRow]()
-    for looks, (holder, place, wish) in enumerate(_lent(server.lender, *start)):
+    for looks, (slot, place, holder) in enumerate(_lent(server.lender, *start)):
         if len(rows) == PAGE_ROWS or looks == PAGE_LOOKS:
-            following = holder.slot, place
+            following = slot, place
             break
+        if holder is None:
+            continue
         entry = holder.entries[place]
         if (not name or entry.name == name) and at.rights.may("list", entry.name):
             rows.append(
@@ -202,20 +204,23 @@ def loans(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
                     holder.peer.pid,
                     holder.peer.uid,
                     holder.since,
-                    wish.exclusive,
-                    wish.purpose,
+                    holder.wish.exclusive,
+                    holder.wish.purpose,
                     entry.generation,
                 )
             )
     return encode([0, seq, *following, rows])
 
 
-def _lent(lender: Lender, cursor: int, index: int) -> Iterator[tuple[Session, int, Wish]]:
-    """Every entry of every loan from there on: who has it, its place in the loan, the wish."""
-    for holder in lender.sessions_from(cursor):
-        if holder.state == LENT:
-            for place in range(index if holder.slot == cursor else 0, len(holder.entries)):
-                yield holder, place, holder.wish
+def _lent(lender: Lender, cursor: int, index: int) -> Iterator[tuple[int, int, Session | None]]:
+    """Every entry of every loan from there on: slot, place in the loan, who has it; and every slot
+    without a loan."""
+    for slot, holder in lender.sessions_from(cursor):
+        if holder is None or holder.state != LENT:
+            yield slot, 0, None
+        else:
+            for place in range(index if slot == cursor else 0, len(holder.entries)):
+                yield slot, place, holder
 
 
 def stats(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:

@@ -73,19 +73,15 @@ class Books:
         """How many loans are out."""
         return sum(session.state == LENT for session in self.sessions.values())
 
-    # --- lists, a page at a time: both tables by slot from `first` on ---
+    # --- lists, a page at a time: each slot from `first` on that was ever used ---
 
-    def entries_from(self, first: int) -> Iterator[Entry]:
-        """Entries, retiring ones included."""
-        for slot in range(first, self._entry_slots.fresh):
-            if slot in self.entries:
-                yield self.entries[slot]
+    def entries_from(self, first: int) -> Iterator[tuple[int, Entry | None]]:
+        """Slots with their entries, retiring ones included."""
+        return ((slot, self.entries.get(slot)) for slot in range(first, self._entry_slots.fresh))
 
-    def sessions_from(self, first: int) -> Iterator[Session]:
-        """Sessions, idle ones included."""
-        for slot in range(first, self._session_slots.fresh):
-            if slot in self.sessions:
-                yield self.sessions[slot]
+    def sessions_from(self, first: int) -> Iterator[tuple[int, Session | None]]:
+        """Slots with their sessions, idle ones included."""
+        return ((slot, self.sessions.get(slot)) for slot in range(first, self._session_slots.fresh))
 
     # --- changes ---
 

@@ -522,3 +522,20 @@ def test_who_never_reads_is_ended(broker: fdbroker.Broker, raw: Raw) -> None:
             seq += 1
             raw.send(STATS, seq)
     assert seq > 10
+
+
+def test_a_page_looks_at_so_many_slots_at_most(broker: fdbroker.Broker) -> None:
+    """Empty ones too: there may be many, after a time with many entries or sessions."""
+    number = os.memfd_create("data")
+    for index in range(2100):
+        broker.put(f"n{index}", number)
+    os.close(number)
+    for index in range(2099):
+        broker.retire(f"n{index}")
+    with Raw(broker.address) as raw:
+        wait_until(lambda: broker.stats()["entries"] == 1)
+        raw.send(ENTRIES, 1, 0)
+        assert raw.receive() == ([0, 1, 2048, []], [])
+        raw.send(ENTRIES, 2, 2048)
+        (_, _, following, rows), _ = raw.receive()
+        assert (following, [row[0] for row in rows]) == (0, ["n2099"])

@@ -442,9 +442,9 @@ class Machine(RuleBasedStateMachine):
         sessions = sorted(session.slot for session in self.naive.sessions)
         entries = sorted(entry.slot for entry in self.naive.entries)
         for first in range(3):
-            listed = [session.slot for session in self.lender.sessions_from(first)]
+            listed = [slot for slot, session in self.lender.sessions_from(first) if session]
             assert listed == [slot for slot in sessions if slot >= first]
-            listed = [entry.slot for entry in self.lender.entries_from(first)]
+            listed = [slot for slot, entry in self.lender.entries_from(first) if entry]
             assert listed == [slot for slot in entries if slot >= first]
 
     @invariant()
