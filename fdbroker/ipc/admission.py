@@ -50,7 +50,7 @@ class Admission:
         """Note what its peer may do, and have: of what sessions of one uid may, the most."""
         peer, groups = connection.peer, set[int]()
         if self.rules.gids and peer.uid != ROOT:
-            groups = {peer.gid, *unix.groups(connection.sock)}
+            groups = {peer.gid, *unix.groups_among(self.rules.gids, connection.sock)}
         rights = connection.rights = self.rules.rights(peer.uid, groups)
         _hold(connection.account, rights)
         connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
