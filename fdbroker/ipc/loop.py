@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 READABLE = int(select.EPOLLIN)
 LIFETIME = 10**10  # seconds
 LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
-EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation
+EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation.  If there
+MOST_EVENTS = (
+    1024  # are more, twice as many the next time: who asks seldom is not behind all others
+)
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
 
@@ -59,13 +62,17 @@ class Loop(ABC):
 
     def run(self) -> None:
         """Serve until drained."""
-        lender, watched, poll = self.lender, self._watched, self._epoll.poll
+        lender, watched, poll, most = self.lender, self._watched, self._epoll.poll, EVENTS
         while not self.draining or not self._finished():
             timed = lender.deadlines or self.draining or self.alarm
             patience = self._patience() if timed else None
-            happened = poll(patience, EVENTS)
+            happened = poll(patience, most)
             self.now = clock_gettime_ns(CLOCK_BOOTTIME)
             if len(happened) > 1:
+                if len(happened) == most:
+                    most = min(2 * most, MOST_EVENTS)
+                elif len(happened) < most // 4:
+                    most = EVENTS
                 happened = self.in_turn(happened)
             for number, events in happened:
                 try:
