@@ -37,9 +37,12 @@ from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
 from fdbroker.lender.books import SECOND
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fdbroker.ipc.jobs import Request
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
+    from fdbroker.lender.parts import Entry
     from fdbroker.lender.quotas import Account
 
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
@@ -155,7 +158,7 @@ class Answers(Door):
             entries = session.entries[offset : offset + DESCRIPTORS]
             sysfds = fresh or [entry.sysfd for entry in entries]
             if session.wish.readonly and fresh is None:
-                self._reopen(connection, seq, offset, sysfds)
+                self._reopen(connection, seq, offset, entries)
                 return
             data = encode_grant(seq, len(session.entries), len(sysfds), session.since)
             count, rights = len(sysfds), unix.rights(sysfds)
@@ -175,15 +178,18 @@ class Answers(Door):
         if fresh:
             self.workers.submit(Discard(fresh, connection.account))
 
-    def _reopen(self, connection: Connection, seq: int, offset: int, sysfds: list[int]) -> None:
+    def _reopen(
+        self, connection: Connection, seq: int, offset: int, entries: Sequence[Entry]
+    ) -> None:
         """Have a worker open read-only descriptions of these, to be handed over then."""
         try:
-            self.lender.quotas.check(connection.account, "closes", len(sysfds))
+            self.lender.quotas.check(connection.account, "closes", len(entries))
         except FDBrokerError as error:
             self.take_back(connection, seq, offset, error)
             return
-        self.lender.quotas.add(connection.account, "closes", len(sysfds))
-        self.start_job(connection, Reopen(connection, seq, offset, sysfds))
+        self.lender.quotas.add(connection.account, "closes", len(entries))
+        self.lender.keep_open(entries)
+        self.start_job(connection, Reopen(connection, seq, offset, entries))
 
     def take_back(
         self, connection: Connection, seq: int, offset: int, error: FDBrokerError

@@ -5,7 +5,8 @@
     READY    -> WORKING     its request is with a worker            -> READY when that is back
     READY    -> UNREAD      a message with descriptors waits until the client has read the one
                             before it; nothing more is received     -> READY when it has
-    any      -> ENDED       hung up; while a worker has its request, the session is not cleared
+    any      -> ENDED       hung up, its loan is back; while a worker has its request, the session
+                            keeps its slot
 
 Only a READY one may ask for something.  (Whether its session waits for a turn, or for a close, is
 the lender's to know.)

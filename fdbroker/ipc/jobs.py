@@ -19,6 +19,8 @@ from fdbroker.ipc.workers import CLOSING, Job
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
     from fdbroker.lender.parts import Entry
@@ -30,7 +32,8 @@ log = logging.getLogger("fdbroker")
 
 
 class Request(Job):
-    """A request of a client.  Its session is not cleared before it is back."""
+    """A request of a client.  Its session keeps its slot until it is back, so that no other session
+    gets what follows; once the client has gone, nothing does."""
 
     account: Account
     cancelled = 0  # the seq of the CANCEL that came meanwhile
@@ -44,12 +47,12 @@ class Request(Job):
         server.job_is_back(self.connection)
         answered = False
         try:
-            if not self.failure:
+            if not self.failure and self.connection.state != ENDED:
                 self.answer(server)
                 answered = True
         except Exception:
             log.exception("event=error %s", self.connection)
-        if self.cancelled:
+        if self.cancelled and self.connection.state != ENDED:
             server.lender.advance(self.connection.session, self.cancelled)
         if left := self.give_away():
             server.workers.submit(Discard(left, self.account))
@@ -59,7 +62,7 @@ class Request(Job):
 
     @abstractmethod
     def answer(self, server: Server) -> None:
-        """What follows, and the reply."""
+        """What follows, and the reply.  The client is there."""
 
     @abstractmethod
     def give_away(self) -> list[int]:
@@ -111,7 +114,7 @@ class Put(Request):
     def _enter(self, server: Server) -> Entry:
         if self.error is not None:
             raise self.error
-        if server.draining or self.connection.state == ENDED:
+        if server.draining:
             raise BrokerClosing()
         if self.cancelled:
             raise EntryRetired(self.name)
@@ -234,13 +237,16 @@ class Close(Job):
 class Reopen(Request):
     """Open the files of a read-only loan anew, for one message of it.
 
-    The session is not cleared meanwhile, so the loan's references keep `sysfds` what they are.
+    The loan may end meanwhile, with its client: so it is the job for which the entries stay open.
     """
 
-    def __init__(self, connection: Connection, seq: int, offset: int, sysfds: list[int]) -> None:
+    def __init__(
+        self, connection: Connection, seq: int, offset: int, entries: Sequence[Entry]
+    ) -> None:
         super().__init__(connection, seq)
         self.offset = offset
-        self.sysfds = sysfds
+        self.entries = entries
+        self.sysfds = [entry.sysfd for entry in entries]
         self.fresh: list[int] = []
         self.error: FDBrokerError | None = None
 
@@ -259,6 +265,7 @@ class Reopen(Request):
 
     def finish(self, server: Server) -> None:
         unopened = len(self.sysfds) - len(self.fresh)  # charged were all of them
+        server.lender.let_go(self.entries)
         super().finish(server)
         server.release(self.account, "closes", unopened)
 
@@ -269,5 +276,5 @@ class Reopen(Request):
     def answer(self, server: Server) -> None:
         if self.error is not None:
             server.take_back(self.connection, self.seq, self.offset, self.error)
-        elif self.connection.state != ENDED:
+        else:
             server.hand_over(self.connection, self.seq, self.offset, self.give_away())

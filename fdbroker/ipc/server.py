@@ -349,8 +349,7 @@ class Server(Answers):
     def end(self, connection: Connection) -> None:
         """The session is over: hang up, clear its loans, tell custody, free its slot.
 
-        While a worker has its request all but the first waits, since that uses what the loan
-        keeps open; the request calls this when it is back.
+        While a worker has its request the last two wait; the request calls this when it is back.
         """
         if connection.state != ENDED:  # the second time its number may be another's
             connection.state = ENDED
@@ -359,9 +358,10 @@ class Server(Answers):
             self._hang_up(connection)
             self._drop_unsent(connection)
             self._note_unread(connection, 0)
-        session = connection.session
-        if session.state != FREE and connection.job is None:
-            self.lender.clear(session, self.now)
+        if (session := connection.session).state == FREE:
+            return
+        self.lender.clear(session, self.now)
+        if connection.job is None:
             self.custody.drop_session(session.slot)
             del self._by_slot[session.slot]
             self.lender.forget(session)

@@ -9,7 +9,8 @@ entry and one of them is exclusive.  So shared loans run together, an exclusive 
 and a loan of several entries, which stands in the line of each, is never overtaken into starvation.
 
 An entry's FD carries one reference per loan, and one that is the closer's: the FD is retired with
-its entry, and the closer gives back that last reference, where a slow close(2) holds up nobody.
+its entry, and the closer gives back that last reference, where a slow close(2) holds up nobody.  It
+is called when the last loan is back, and when nobody in the broker itself uses the descriptor.
 """
 
 from __future__ import annotations
@@ -125,9 +126,13 @@ class Books:
     def _end_concerns(self, wish: Wish, entries: Sequence[Entry], now: int) -> None:
         """A loan has ended: close what it was the last one of, serve those who wait."""
         for entry in dict.fromkeys(entries):
-            if entry.state == RETIRING and not entry.holders:
-                self.closings.append(entry)
+            self.close_if_unused(entry)
         self._serve_lines(dict.fromkeys(entries, wish.exclusive), now)
+
+    def close_if_unused(self, entry: Entry) -> None:
+        """It has one loan or user less, or retires: was that the last that kept it open?"""
+        if entry.state == RETIRING and not entry.holders and not entry.users:
+            self.closings.append(entry)
 
     def _serve_lines(self, left: Mapping[Entry, bool], now: int) -> None:
         """Serve the lines of these, each once: somebody has left, exclusively or not.
@@ -297,8 +302,7 @@ class Books:
         for session in waiting:
             retired = EntryRetired(entry.name)
             self.decisions.append((session, session.borrow_seq, retired))
-        if not entry.holders:
-            self.closings.append(entry)
+        self.close_if_unused(entry)
 
     def watch(self, session: Session, entry: Entry) -> None:
         self.quotas.add(session.account, "waiting")

@@ -54,6 +54,8 @@ from fdbroker.lender.parts import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fdbroker.rc import FD
 
 
@@ -180,6 +182,17 @@ class Lender(Books):
     def take_back(self, session: Session, now: int) -> None:
         """The loan ends because its descriptors could not be sent."""
         self.give_back(session, session.seq, now)
+
+    def keep_open(self, entries: Sequence[Entry]) -> None:
+        """The broker itself uses these, which are on loan, and may do so longer than the loan."""
+        for entry in entries:
+            entry.users += 1
+
+    def let_go(self, entries: Sequence[Entry]) -> None:
+        """The opposite."""
+        for entry in entries:
+            entry.users -= 1
+            self.close_if_unused(entry)
 
     def cancel(self, session: Session, seq: int, now: int) -> None:
         """A CANCEL: the wait ends as if its deadline had come, and what was just put retires.

@@ -68,6 +68,7 @@ class Entry:
         "ticket",
         "turns",
         "uid",
+        "users",
         "watchers",
         "where",
     )
@@ -92,6 +93,7 @@ class Entry:
         self.account: Account | None = None  # who is charged for it; None: the broker itself
         self.holders: dict[int, Session] = {}  # by slot: who has it on loan
         self.held_exclusively = False
+        self.users = 0  # of the broker's own: it is not closed before they are done with `sysfd`
         self.line: OrderedDict[int, Session] = OrderedDict()  # who waits for it, in order
         self.turns: dict[int, Session] = {}  # those of them who wait for it exclusively
         self.watchers: dict[int, Session] = {}  # by slot: who waits for its final close

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import STATS, Raw, open_files, stopped, targets, wait_until
+from support import BORROW, CANCEL, PUT, STATS, Raw, open_files, stopped, targets, wait_until
 
 import fdbroker
-from fdbroker.errors import BrokerGone, CloseFailed
+from fdbroker.errors import BrokerGone, CloseFailed, RetireTimeout
 from fdbroker.ipc.jobs import Discard
+from fdbroker.ipc.messages import EPHEMERAL, READONLY
 from fdbroker.ipc.workers import THREADS, Job, Lane
 from fdbroker.lender.quotas import Account
 
@@ -130,6 +131,61 @@ def test_while_closing_hangs_looking_and_opening_go_on(tmp_path, stuck, data_fil
                 loan = pool.submit(client.borrow, "data", mode="r").result(SOON)
             with loan:
                 assert os.read(loan.fileno(), 2) == b"\0\1"
+
+
+def slots_kept(client: fdbroker.Client) -> int:
+    """How many sessions have one whose clients are gone."""
+    stats = client.stats()
+    return stats["sessions"] - stats["connections"]
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_who_dies_while_its_put_hangs_has_returned_its_loan(tmp_path, stuck, data_file, cancels):
+    """What it made for itself is gone, too.  Of the put nothing comes, and nothing is left."""
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("inspect")) as (client, server):
+        client.put("web", data_file)
+        before = targets(server.pid)
+        with Raw(client.address) as raw:
+            raw.send(PUT, 1, "own", EPHEMERAL, fds=[data_file.fileno()])
+            raw.receive()
+            os.close(raw.borrow(2, "web"))
+            raw.send(PUT, 3, "late", 0, fds=[stuck])
+            if cancels:
+                raw.send(CANCEL, 4)
+            wait_until(lambda: client.stats()["jobs"] == 1)
+            assert [loan.entry for loan in client.loans()] == ["web"]
+        client.borrow("web", exclusive=True, timeout=SOON).close()
+        assert client.loans() == []
+        wait_until(lambda: client.stats()["jobs"] == 1)
+        assert [entry.name for entry in client.entries()] == ["web"]
+        assert slots_kept(client) == 1  # for the answer, which must not be another session's
+        with open(tmp_path / "go", "w"):
+            wait_until(lambda: client.stats()["jobs"] == 0)
+        assert slots_kept(client) == 0
+        assert [entry.name for entry in client.entries()] == ["web"]
+        wait_until(lambda: targets(server.pid) == before)
+
+
+def test_who_dies_while_its_file_is_opened_anew_has_returned_its_loan(tmp_path, stuck):
+    """Only the close waits: the thread must not find another file under that number."""
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("reopen_read_only")) as (client, server):
+        client.put("stuck", stuck)
+        with Raw(client.address) as raw:
+            raw.send(BORROW, 1, "stuck", READONLY, None, "")
+            wait_until(lambda: client.stats()["jobs"] == 1)
+            assert [loan.entry for loan in client.loans()] == ["stuck"]
+        client.borrow("stuck", exclusive=True, timeout=SOON).close()
+        assert client.loans() == []
+        with pytest.raises(RetireTimeout):
+            client.retire("stuck", wait=True, timeout=0)
+        assert slots_kept(client) == 1
+        assert targets(server.pid)["/memfd:stuck (deleted)"] == 1
+        with open(tmp_path / "go", "w"):
+            wait_until(lambda: client.stats()["jobs"] == client.stats()["entries"] == 0)
+        assert slots_kept(client) == 0
+        assert "/memfd:stuck (deleted)" not in targets(server.pid)
 
 
 FAIL = """

@@ -30,6 +30,7 @@ EVENTS = (
     *("open", "advance", "clear", "forget"),
     *("borrow", "give_back", "take_back", "cancel"),
     *("put", "retire", "retire_and_wait", "start_retiring", "closed"),
+    *("keep_open", "let_go"),
     "expire",
 )
 LOOKS = (  # they change nothing, or only what is forgotten when nobody asks
@@ -38,7 +39,7 @@ LOOKS = (  # they change nothing, or only what is forgotten when nobody asks
 )
 WITHIN = (  # only the lender itself, or who loads one, calls them
     *("hold", "stand_in_line", "serve_line", "enter", "watch", "watch_again"),
-    *("note_deadline", "slots_taken"),
+    *("note_deadline", "slots_taken", "close_if_unused"),
 )
 CHARGES = ("account", "add", "drop_idle", "supply", "hold_to", "forget_quota")
 CHECKPOINT, END = "#", "."

@@ -39,6 +39,7 @@ CASES = {
     "slow closes: FUSE": [
         "hostile/test_slow_closes.py::test_a_file_system_that_hangs_in_flush",
         "hostile/test_slow_closes.py::test_a_file_system_that_hangs_while_it_is_looked_at",
+        "hostile/test_slow_closes.py::test_who_dies_while_what_it_put_is_looked_at",
         "hostile/test_slow_closes.py::test_what_was_never_received_and_hangs_in_flush",
     ],
     "offenders that fill the queue": ["hostile/test_pressure.py::test_a_queue_full_of_offenders"],

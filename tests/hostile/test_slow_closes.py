@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import encodings.idna  # noqa: F401 - another uid may not read it
+import os
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from support import PUT, STATS, Raw, stopped, targets, wait_until
+from support import BORROW, PATIENCE, PUT, STATS, Raw, stopped, targets, wait_until
 
 from .fuse import FLUSH, GETATTR, Hanging, mounted
 from .target import ALICE, ANSWERS, Target, become, meanwhile
 
 EPHEMERAL = 2
+EXCLUSIVE = 1
 MANY = 12  # more than the broker has threads for it
 
 
@@ -156,6 +158,40 @@ def test_a_file_system_that_hangs_while_it_is_looked_at(target: Target, hanging:
         assert attacker.recv(100) == b"opened"
         with hangs(target, hanging, GETATTR, attacker, b"put"):
             pass
+    wait_until(lambda: not uses(target, ALICE))
+
+
+def test_who_dies_while_what_it_put_is_looked_at(target: Target, hanging: Hanging) -> None:
+    """Its exclusive loan is back at once, however long fstat(2) waits."""
+
+    def put(test: socket.socket) -> None:
+        become(ALICE)
+        with open(hanging.file) as file, Raw(target.address) as raw:
+            raw.send(BORROW, 1, "public/busy", EXCLUSIVE, None, "")
+            message, (number,) = raw.receive()
+            assert message is not None
+            os.close(number)
+            test.send(b"borrowed")
+            test.recv(1)
+            raw.send(PUT, 2, "alice/late", 0, fds=[file.fileno()])
+            test.send(b"put")
+            test.recv(1)
+
+    with meanwhile(put) as attacker:
+        assert attacker.recv(100) == b"borrowed"
+        hanging.hang(GETATTR)
+        try:
+            attacker.send(b"x")
+            assert attacker.recv(100) == b"put"
+            wait_until(lambda: hanging.hang(GETATTR) == 1)
+            assert [loan.uid for loan in target.client.loans("public/busy")] == [ALICE]
+            attacker.send(b"x")
+            target.client.borrow("public/busy", exclusive=True, timeout=PATIENCE / 2).close()
+            assert target.client.loans("public/busy") == []
+            be_served(target)
+            assert hanging.hang(GETATTR) == 1
+        finally:
+            hanging.let_go()
     wait_until(lambda: not uses(target, ALICE))
 
 

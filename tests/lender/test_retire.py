@@ -55,6 +55,34 @@ def test_the_close_is_deferred_until_the_last_loan_is_back(rig: Rig):
     assert rig.lender.entries == {}
 
 
+def test_the_close_is_deferred_until_the_broker_itself_has_let_go(rig: Rig):
+    (one,) = rig.clients(1)
+    entry = rig.put("web")
+    rig.borrow(one, "web")
+    rig.lender.keep_open([entry, entry])
+    rig.lender.keep_open([entry])
+    rig.retire("web")
+    rig.lender.let_go([entry])
+    rig.end(one)
+    assert rig.close_all() == []
+    assert not entry.fd.closed
+    rig.lender.let_go([entry, entry])
+    assert rig.close_all() == ["web"]
+    assert rig.descriptors.closed == [1001]
+
+
+def test_the_close_is_deferred_until_the_loan_is_back_that_the_broker_let_go_of(rig: Rig):
+    (one,) = rig.clients(1)
+    entry = rig.put("web")
+    rig.borrow(one, "web")
+    rig.lender.keep_open([entry])
+    rig.retire("web")
+    rig.lender.let_go([entry])
+    assert rig.close_all() == []
+    rig.end(one)
+    assert rig.close_all() == ["web"]
+
+
 def test_an_entry_without_loans_is_to_be_closed_at_once(rig: Rig):
     entry = rig.put("web")
     rig.retire("web")
