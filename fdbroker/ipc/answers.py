@@ -7,6 +7,11 @@ The kernel counts descriptors in flight, sent and not received, by the uid of th
 ETOOMANYREFS): clients that read nothing would use up what there is for the others.  So a message
 with descriptors is only sent when the client has read the one before it, and within the quota of
 its uid.  What we hang up on keeps its charge until that was read, or the client is gone (door.py).
+
+Nor for what a client sends: descriptors that get no number are closed by the kernel, where they are
+received, and SO_LINGER can make that take long.  So where as many as one message can bring might
+not all fit, or be more than its uid may have, a worker receives it (`Receive`): of each uid one
+message at a time, and one descriptor of it, as a put needs.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import logging
 import select
 from abc import abstractmethod
+from collections import deque
 from fcntl import ioctl
 from time import monotonic_ns
 from typing import TYPE_CHECKING
@@ -23,7 +29,7 @@ from fdbroker.ipc import unix
 from fdbroker.ipc.admission import log_refusal
 from fdbroker.ipc.connection import ENDED, READY, UNREAD, Connection, Unsent
 from fdbroker.ipc.door import Door
-from fdbroker.ipc.jobs import Discard, Reopen
+from fdbroker.ipc.jobs import Discard, Receive, Reopen
 from fdbroker.ipc.loop import READABLE
 from fdbroker.ipc.messages import (
     DESCRIPTORS,
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
 GONE = int(select.EPOLLHUP | select.EPOLLERR)
 REST_OF_LOOKS = 16  # times as long as the looks at all sessions take, the loop does other things,
 SAVED = SECOND // 10  # and has done them before in so much of the time
+NOTHING = int(select.EPOLLET)  # but that it is gone, once
 EMPTIED = int(select.EPOLLOUT | select.EPOLLET)  # an edge each time the peer has read a message
 
 log = logging.getLogger("fdbroker")
@@ -60,6 +67,7 @@ class Answers(Door):
         super().__init__(listener, lender)
         self._connections: dict[int, Connection] = {}  # by socket number
         self._look_again_at = 0  # at all of them
+        self._apart: dict[Account, deque[Receive]] = {}  # of each the first has begun
 
     @abstractmethod
     def _serve(self, connection: Connection, events: int) -> None:
@@ -216,16 +224,83 @@ class Answers(Door):
         assert unsent is not None
         if not events & GONE and connection.unread_bytes():
             return
-        self.rewatch(connection.number, READABLE, self._serve, connection)
+        self._listen(connection)
         self.has_come(connection)
         connection.state = READY
         if events & GONE:
             self._drop_unsent(connection)
-            return
-        connection.unsent = None
-        self.hand_over(connection, *unsent)
+        else:
+            connection.unsent = None
+            self.hand_over(connection, *unsent)
+        self._take_up(connection)
 
     def _drop_unsent(self, connection: Connection) -> None:
         unsent, connection.unsent = connection.unsent, None
         if unsent is not None and unsent.fresh:
             self.workers.submit(Discard(unsent.fresh, connection.account))
+
+    # --- what a worker receives ---
+
+    def receive_apart(self, connection: Connection) -> None:
+        """Have a worker receive the next message; until that is taken up, nothing else is."""
+        job = connection.apart = Receive(connection)
+        self._listen(connection)
+        jobs = self._apart.setdefault(connection.account, deque())
+        jobs.append(job)
+        if len(jobs) == 1:
+            self._begin_next(connection.account)
+
+    def _begin_next(self, account: Account) -> None:
+        """Its next one, if there is any; who may have nothing more in hand is told so."""
+        jobs, quotas = self._apart[account], self.lender.quotas
+        while jobs:
+            job = jobs[0]
+            if job.connection.state != ENDED:
+                try:
+                    quotas.check_one(account)
+                except QuotaExceeded as error:
+                    job.error, job.done = error, True
+                    self._take_up(job.connection)
+                else:
+                    job.most = int(quotas.free_descriptors > 0)
+                    quotas.add(account, "closes", job.most)
+                    job.begun = True
+                    self.workers.submit(job)
+                    return
+            jobs.popleft()
+        del self._apart[account]
+
+    def received(self, job: Receive) -> None:
+        """It is back: act upon what it brings."""
+        connection, account = job.connection, job.account
+        job.begun, job.done = False, True
+        self._apart[account].popleft()
+        self._begin_next(account)
+        if connection.state == ENDED or job.failure:
+            if job.inbox is not None:
+                self.workers.submit(Discard(job.inbox.give_away(), account))
+            if connection.state != ENDED:
+                self.end(connection)
+            elif not connection.brings_descriptors:  # any more
+                self.part(connection)
+        elif connection.state != UNREAD:
+            self._listen(connection)
+            self._take_up(connection)
+
+    def _listen(self, connection: Connection) -> None:
+        """Serve it when it can be received from, which it cannot be while a worker does."""
+        if connection.apart is None or connection.apart.done:
+            self.rewatch(connection.number, READABLE, self._serve, connection)
+        else:
+            self.rewatch(connection.number, NOTHING, self._leave, connection)
+
+    def _leave(self, connection: Connection, events: int) -> None:
+        """It is gone, and its loan need not wait for what it sent last."""
+        if events & GONE:
+            self.end(connection)
+
+    def _take_up(self, connection: Connection) -> None:
+        """Serve it, if a worker has received something from it, and it may ask on."""
+        apart = connection.apart
+        if apart is not None and apart.done and connection.state not in (UNREAD, ENDED):
+            self._serve(connection, 0)

@@ -10,6 +10,8 @@
 
 Only a READY one may ask for something.  (Whether its session waits for a turn, or for a close, is
 the lender's to know.)
+
+In whichever state, a worker may be receiving from it (`apart`): nothing else does meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.ipc import unix
-from fdbroker.ipc.messages import MESSAGE_BYTES
+from fdbroker.ipc.messages import DESCRIPTORS, MESSAGE_BYTES
 from fdbroker.ipc.unix import LEAST_QUEUED, QUEUED, SIOCOUTQ, queued
 from fdbroker.lender.parts import FREE, Peer, Session
 from fdbroker.lender.quotas import Account
@@ -28,11 +30,10 @@ from fdbroker.lender.rules import NO_RIGHTS
 if TYPE_CHECKING:
     import socket
 
-    from fdbroker.ipc.jobs import Request
+    from fdbroker.ipc.jobs import Receive, Request
     from fdbroker.ipc.unix import Inbox
     from fdbroker.lender.quotas import Quotas
 
-FEW = 16  # of its descriptors may be in hand, whatever else there is
 MESSAGE = bytearray(MESSAGE_BYTES + 1)
 """The message at hand, of whichever connection, for the one thread that serves: to make room for
 each takes longer than to receive it.  One byte more than a message has, so that what is too long is
@@ -42,6 +43,10 @@ GREETING, READY, LADEN, WORKING, UNREAD, ENDED = range(6)
 
 NOBODY = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""), Account(-1))  # who has none yet
 NOBODY.state = FREE
+
+
+class NoRoom(Exception):
+    """The next message may have more descriptors than there is room for: see `Answers`."""
 
 
 class Unsent(NamedTuple):
@@ -57,6 +62,7 @@ class Connection:
 
     __slots__ = (
         "account",
+        "apart",
         "brings_descriptors",
         "inbox",
         "inflight",
@@ -90,6 +96,7 @@ class Connection:
         self.known: dict[bytes, tuple[int, Any]] = {}  # requests that it may make, see messages.py
         self.inbox: Inbox | None = None  # the descriptors of the request at hand
         self.job: Request | None = None  # while WORKING, or ENDED meanwhile
+        self.apart: Receive | None = None  # until the message that it brings is taken up
         self.unsent: Unsent | None = None  # while UNREAD
         self.unread = 0  # bytes of answers that it had not read when it got the last one
         self.inflight = 0  # descriptors of the last message, unless all was read since
@@ -108,14 +115,17 @@ class Connection:
         self.receive = self._receive_with_descriptors
 
     def _receive_with_descriptors(self, buffer: bytearray) -> int:
-        # not once they are here: what cannot be closed stays.  But a few may be closed just now
-        if self.account.limited and self.account.closes > FEW:
-            self.quotas.check(self.account, "closes", 0)
-        size, self.inbox = unix.receive_into(self.sock, buffer)
-        if self.inbox is not None:
-            self.quotas.add(self.account, "closes", len(self.inbox.fds))
-            if self.state == READY:
-                self.state = LADEN
+        if self.apart is not None:
+            job, self.apart = self.apart, None
+            size, self.inbox = job.take(buffer)
+        elif self.quotas.has_room(self.account, DESCRIPTORS):
+            size, self.inbox = unix.receive_into(self.sock, buffer)
+            if self.inbox is not None:
+                self.quotas.add(self.account, "closes", len(self.inbox.fds))
+        else:
+            raise NoRoom
+        if self.inbox is not None and self.state == READY:
+            self.state = LADEN
         return size
 
     def unread_bytes(self) -> int:

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from fdbroker.errors import FDBrokerError
 from fdbroker.ipc import unix
 from fdbroker.ipc.admission import log_refusal
-from fdbroker.ipc.connection import FEW, GREETING, Connection
+from fdbroker.ipc.connection import GREETING, Connection
 from fdbroker.ipc.jobs import HangUp
 from fdbroker.ipc.limits import descriptors_in_use, limit
 from fdbroker.ipc.loop import Loop
 from fdbroker.ipc.messages import encode_error
 from fdbroker.lender.books import SECOND
 from fdbroker.lender.parts import Peer
+from fdbroker.lender.quotas import FEW
 
 if TYPE_CHECKING:
     from fdbroker.ipc.listener import Listener
@@ -163,6 +164,8 @@ class Door(Loop):
         It is not watched meanwhile, since its peer could make events as it likes.
         """
         if connection not in self._hung_up:  # a worker had found it empty, and we looked
+            return
+        if connection.apart is not None and connection.apart.begun:  # so it is in use
             return
         if connection.inflight and connection.unread_bytes():
             self._ask_at = self._ask_at or self.now + ASK

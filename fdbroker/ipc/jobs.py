@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING
 from fdbroker import descriptors
 from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError, UnsupportedKind
 from fdbroker.ipc import unix
-from fdbroker.ipc.connection import ENDED, FEW
+from fdbroker.ipc.connection import ENDED
 from fdbroker.ipc.limits import too_many_files
-from fdbroker.ipc.messages import EPHEMERAL, NAMELESS, REPLACE, TICKET_BYTES, encode, encode_error
+from fdbroker.ipc.messages import (
+    EPHEMERAL,
+    MESSAGE_BYTES,
+    NAMELESS,
+    REPLACE,
+    TICKET_BYTES,
+    encode,
+    encode_error,
+)
 from fdbroker.ipc.workers import CLOSING, Job
+from fdbroker.lender.quotas import FEW
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 
     from fdbroker.ipc.connection import Connection
     from fdbroker.ipc.server import Server
+    from fdbroker.ipc.unix import Inbox
     from fdbroker.lender.parts import Entry
     from fdbroker.lender.quotas import Account
 
@@ -140,6 +150,50 @@ class Put(Request):
         )
 
 
+class Receive(Job):
+    """Receive one message of a session, where there may be no room for all that it brings.
+
+    Of its descriptors `most`, which are on the account's closes, get numbers.  The others the
+    kernel closes meanwhile.
+    """
+
+    account: Account
+    lane = CLOSING
+    awaited = False
+
+    def __init__(self, connection: Connection) -> None:
+        self.account = connection.account
+        self.connection = connection
+        self.most = 0
+        self.begun = self.done = False
+        self.data = b""
+        self.inbox: Inbox | None = None
+        self.error: OSError | FDBrokerError | None = None
+
+    def run(self) -> None:
+        buffer = bytearray(MESSAGE_BYTES + 1)
+        room = unix.room_for(self.most)
+        try:
+            size, self.inbox = unix.receive_into(self.connection.sock, buffer, room)
+        except OSError as error:
+            self.error = error.with_traceback(None)  # which has this frame, and the buffer
+        else:
+            self.data = bytes(buffer[:size])
+
+    def finish(self, server: Server) -> None:
+        came = len(self.inbox.fds) if self.inbox is not None else 0
+        server.release(self.account, "closes", self.most - came)
+        server.received(self)
+
+    def take(self, buffer: bytearray) -> tuple[int, Inbox | None]:
+        """As `unix.receive_into`; also `QuotaExceeded`: it was not even begun."""
+        if self.error is not None:
+            raise self.error
+        buffer[: len(self.data)] = self.data
+        inbox, self.inbox = self.inbox, None
+        return len(self.data), inbox
+
+
 class Discard(Job):
     """Close what was not kept, or was opened for one message only.  It is on the account's
     closes."""
@@ -230,6 +284,7 @@ class Close(Job):
         if self.error is not None:
             log.error("event=close-failed entry=%s error=%r", self.entry.name, str(self.error))
         server.custody.drop_entry(self.entry.slot)
+        server.lender.quotas.add(self.account, "closing", -1)
         server.lender.closed(self.entry, self.error)
         server.release(self.account, "closes", 1)
 

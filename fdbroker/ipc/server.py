@@ -37,6 +37,7 @@ from fdbroker.ipc.connection import (
     READY,
     WORKING,
     Connection,
+    NoRoom,
 )
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard
@@ -170,6 +171,7 @@ class Server(Answers):
             while self.lender.closings:
                 entry = self.lender.closings.popleft()
                 self.lender.quotas.add(entry.account, "closes")
+                self.lender.quotas.add(entry.account, "closing")
                 self.workers.submit(Close(entry))
 
     def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
@@ -232,6 +234,8 @@ class Server(Answers):
                     return
                 if lender.give_back(session, seq, self.now):
                     return
+        except NoRoom:
+            self.receive_apart(connection)
         except ProtocolError as error:
             self._fault(connection, error)
         except FDBrokerError as error:

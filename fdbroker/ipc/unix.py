@@ -117,12 +117,16 @@ class Inbox:
             self.close()
 
 
-def receive_into(sock: _socket.socket, buffer: bytearray) -> tuple[int, Inbox | None]:
+def receive_into(
+    sock: _socket.socket, buffer: bytearray, room: int = ANCILLARY_BYTES
+) -> tuple[int, Inbox | None]:
     """Take one message if there is one, else BlockingIOError: its size, and what came with it.
 
-    For a process whose signal handlers raise nothing: the inbox is made afterwards, if at all.
+    Descriptors for which there is no `room`, or no number, the kernel closes here: that may take
+    long.  For a process whose signal handlers raise nothing: the inbox is made afterwards, if at
+    all.
     """
-    received = sock.recvmsg_into((buffer,), ANCILLARY_BYTES, RECEIVE_NOW)
+    received = sock.recvmsg_into((buffer,), room, RECEIVE_NOW)
     size, ancillary, flags, _ = received
     if not ancillary and not flags & LOST:
         return size, None
@@ -130,6 +134,11 @@ def receive_into(sock: _socket.socket, buffer: bytearray) -> tuple[int, Inbox | 
     inbox.raw.append(received)
     inbox.sort()
     return size, inbox
+
+
+def room_for(most: int) -> int:
+    """For no more than so many descriptors (CMSG_SPACE would be for one more, at times)."""
+    return _socket.CMSG_LEN(most * INT.size) if most else 0
 
 
 def refuse_descriptors(sock: _socket.socket) -> bool:
@@ -183,7 +192,7 @@ def never_read(sock: _socket.socket, most: int) -> Iterator[list[int]]:
     """
     # a message has credentials now, however empty it is, and the end has none
     sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
-    room = CREDENTIALS_BYTES + (_socket.CMSG_LEN(most * INT.size) if most else 0)
+    room = CREDENTIALS_BYTES + room_for(most)
     while True:
         inbox = Inbox()
         with suppress(ConnectionResetError):  # said once, what is left comes after it

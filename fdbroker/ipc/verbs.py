@@ -109,9 +109,9 @@ def put(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """A new entry: checked here as far as possible, looked at by a worker, then entered."""
     name, flags = fields
     _require(at, IDLE, LENT)
-    if at.inbox is not None and at.inbox.truncated:
+    if at.inbox is not None and at.inbox.truncated and not at.inbox.fds:
         raise too_many_files("broker")
-    if at.inbox is None or len(at.inbox.fds) != 1:
+    if at.inbox is None or at.inbox.truncated or len(at.inbox.fds) != 1:
         raise ProtocolError("client", "a put brings one descriptor")
     if not flags & NAMELESS:
         check_name(name)

@@ -13,6 +13,8 @@ Everyone has at most what the rules say (`Quota`), and **at most half of what is
 has `used` of a table with `free` rows left may have ``(used + free + 1) // 2``.  So the first one
 who wants all gets a half, the next a quarter, and there is something left for whoever comes.
 Sessions, entries and closes are descriptors of the broker, of which there is one supply for all.
+Who has its half of these by what others took since may still have a `FEW` in hand: closes, and of
+them no more than half of what is free.
 
 The broker's own uid and root are counted, but held to no quota: they may do all, and could end the
 broker as well.  What the broker keeps by its own configuration is on nobody's account.
@@ -30,6 +32,8 @@ WHAT = ("sessions", "loans", "entries", "waiting", "bytes", "closes", "inflight"
 # what takes how many of the broker's descriptors: one that is put is among the closes already
 DESCRIPTORS = {"sessions": 1, "entries": 0, "closes": 1}
 NO_LIMIT = 2**53
+FEW = 16  # closes that one may have beyond its half of all descriptors
+SPARE = 32  # descriptors that the broker's threads may just be using for themselves
 BYTES = 64 * 1024 * 1024  # of answers that nobody has read, in all
 
 
@@ -52,12 +56,13 @@ UNLIMITED = Quota(*[NO_LIMIT] * len(WHAT))
 class Account:
     """What one uid uses.  `limited`: whether it is held to its quota."""
 
-    __slots__ = ("limited", "members", "most_loans", "quota", "uid", *WHAT)
+    __slots__ = ("closing", "limited", "members", "most_loans", "quota", "uid", *WHAT)
 
     def __init__(self, uid: int) -> None:
         self.uid = uid
         self.forget_quota()
         self.members = 0  # of loans of several, beyond the first of each
+        self.closing = 0  # of the closes, those that are entries as well
         self.sessions = self.loans = self.entries = self.waiting = 0
         self.bytes = self.closes = self.inflight = 0
 
@@ -78,7 +83,7 @@ class Account:
     @property
     def descriptors(self) -> int:
         """How many of the broker's it takes."""
-        return self.sessions + self.entries + self.closes
+        return self.sessions + self.entries + self.closes - self.closing
 
     @property
     def idle(self) -> bool:
@@ -128,12 +133,27 @@ class Quotas:
         if what in self.capacity:
             free = self.capacity[what] - getattr(self.total, what)
             most = min(most, half(used, free))
-        if what == "closes":  # by itself: what others take, must not end who has nothing in hand
-            most = min(most, half(used, self.free_descriptors))
-        elif what in DESCRIPTORS:
-            room = half(account.descriptors, self.free_descriptors) - account.descriptors
-            most = min(most, used + room + (1 - DESCRIPTORS[what]))
+        if what in DESCRIPTORS:
+            free = self.free_descriptors
+            share = used + half(account.descriptors, free) - account.descriptors
+            if what == "closes":  # what others take, must not end who has nothing in hand
+                share = max(share, min(FEW, half(used, free)))
+            most = min(most, share + (1 - DESCRIPTORS[what]))
         return max(0, most)
+
+    def has_room(self, account: Account, count: int) -> bool:
+        """Whether `count` more may come for it in a message, and surely get numbers."""
+        if account.limited and account.closes + count > self.limit(account, "closes"):
+            return False
+        return count + SPARE <= self.free_descriptors
+
+    def check_one(self, account: Account) -> None:
+        """Raise `QuotaExceeded` if it has too much in hand for one more to come in a message.
+
+        A few may be closed just now; its entries, as they end, may be more than that.
+        """
+        if account.limited and account.closes - account.closing >= FEW:
+            self.check(account, "closes")
 
     def check_members(self, account: Account, count: int) -> None:
         """Raise `QuotaExceeded` if a loan of several may not have `count` beside the first."""

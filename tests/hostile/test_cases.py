@@ -13,6 +13,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 LIMIT = "broker/test_pressure.py"  # a broker at its own, without attackers
+SLOW = "hostile/test_slow_closes.py"
 
 CASES = {
     # --- pressure ---
@@ -35,12 +36,16 @@ CASES = {
     ],
     "clients that are stopped": ["hostile/test_pressure.py::test_who_is_stopped"],
     "half a hello": ["hostile/test_wrong_messages.py::test_a_half_hello"],
-    "slow closes: SO_LINGER": ["hostile/test_slow_closes.py::test_lingering_sockets"],
+    "slow closes: SO_LINGER": [
+        "hostile/test_slow_closes.py::test_lingering_sockets",
+        f"{SLOW}::test_more_lingering_sockets_in_a_message_than_the_broker_has_room_for",
+    ],
     "slow closes: FUSE": [
         "hostile/test_slow_closes.py::test_a_file_system_that_hangs_in_flush",
         "hostile/test_slow_closes.py::test_a_file_system_that_hangs_while_it_is_looked_at",
         "hostile/test_slow_closes.py::test_who_dies_while_what_it_put_is_looked_at",
         "hostile/test_slow_closes.py::test_what_was_never_received_and_hangs_in_flush",
+        "hostile/test_slow_closes.py::test_what_hangs_is_within_the_share_of_who_sent_it",
     ],
     "offenders that fill the queue": ["hostile/test_pressure.py::test_a_queue_full_of_offenders"],
     "offenders that come again and again": [

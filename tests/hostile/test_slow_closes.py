@@ -13,11 +13,17 @@ from contextlib import ExitStack
 import pytest
 from support import BORROW, PATIENCE, PUT, STATS, Raw, stopped, targets, wait_until
 
+from fdbroker.lender.quotas import FEW
+
 from .fuse import FLUSH, GETATTR, Hanging, mounted
 from .target import ALICE, ANSWERS, Target, become, meanwhile
 
 EPHEMERAL = 2
 EXCLUSIVE = 1
+MOST = 253
+SMALL = 64  # descriptors of a broker
+LIMIT = 900  # the same, of a larger one
+SESSIONS = 100  # of one uid
 MANY = 12  # more than the broker has threads for it
 
 
@@ -51,14 +57,52 @@ def test_lingering_sockets(target: Target) -> None:
     target.attack(strike, rounds=5)
 
 
+@pytest.mark.parametrize("puts", [True, False], ids=["who puts", "from an old kernel"])
+def test_more_lingering_sockets_in_a_message_than_the_broker_has_room_for(puts: bool) -> None:
+    """What gets no number the kernel closes while it is received."""
+
+    def send(test: socket.socket) -> None:
+        become(ALICE)
+        test.recv(1)
+        with ExitStack() as stack:
+            pairs = [full_socket() for _ in range(SMALL)]
+            for _, peer in pairs:
+                stack.enter_context(peer)
+            raw = stack.enter_context(Raw(target.address, puts=puts))
+            test.send(b"ready")
+            test.recv(1)
+            raw.send(PUT, 1, "alice/slow", EPHEMERAL, fds=[sock.fileno() for sock, _ in pairs])
+            for sock, _ in pairs:
+                sock.close()  # not the last: it does not wait
+            test.send(b"sent")
+            test.recv(1)
+
+    with Target(limit=SMALL, passes_rights=not puts) as target, target.unharmed():
+        with meanwhile(send) as attacker:
+            attacker.send(b"x")
+            assert attacker.recv(100) == b"ready"
+            with stopped(target.pid):
+                attacker.send(b"x")
+                assert attacker.recv(100) == b"sent"
+            be_served(target)
+            assert target.counts()["jobs"] >= 1
+        wait_until(lambda: not uses(target, ALICE))
+
+
+@contextlib.contextmanager
+def mounted_at(target: Target) -> Iterator[Hanging]:
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(mounted(target.folder / "hanging"))
+        except OSError as error:
+            pytest.skip(f"no FUSE can be mounted here: {error}")
+        yield found
+
+
 @pytest.fixture
-def hanging(target: Target):
-    path = target.folder / "hanging"
-    try:
-        with mounted(path) as found:
-            yield found
-    except OSError as error:
-        pytest.skip(f"no FUSE can be mounted here: {error}")
+def hanging(target: Target) -> Iterator[Hanging]:
+    with mounted_at(target) as found:
+        yield found
 
 
 @contextlib.contextmanager
@@ -138,6 +182,38 @@ def test_what_was_never_received_and_hangs_in_flush(target: Target, hanging: Han
         finally:
             hanging.let_go()
     wait_until(lambda: not uses(target, ALICE))
+
+
+def test_what_hangs_is_within_the_share_of_who_sent_it() -> None:
+    """However much comes in a message, and beside its sessions: half of what there is, and a few
+    in hand."""
+
+    def send(test: socket.socket) -> None:
+        become(ALICE)
+        with open(hanging.file) as file, ExitStack() as stack:
+            raws = [stack.enter_context(Raw(target.address)) for _ in range(SESSIONS)]
+            test.send(b"opened")
+            test.recv(1)
+            for raw in raws[:MANY]:
+                raw.send(STATS, 1, fds=[file.fileno()] * MOST)
+            test.send(b"sent")
+            test.recv(1)
+
+    with Target(limit=LIMIT) as target, target.unharmed(), mounted_at(target) as hanging:
+        files = targets(target.pid)
+        with meanwhile(send) as attacker:
+            assert attacker.recv(100) == b"opened"
+            hanging.hang(FLUSH)
+            try:
+                attacker.send(b"x")
+                assert attacker.recv(100) == b"sent"
+                wait_until(lambda: hanging.hang(FLUSH) >= 2)
+                be_served(target)
+                more = (targets(target.pid) - files).total()
+                assert SESSIONS + MOST // 2 < more <= (LIMIT - files.total()) // 2 + FEW
+            finally:
+                hanging.let_go()
+        wait_until(lambda: not uses(target, ALICE))
 
 
 def test_a_file_system_that_hangs_while_it_is_looked_at(target: Target, hanging: Hanging) -> None:

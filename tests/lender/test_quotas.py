@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.errors import QuotaExceeded, TooManyFiles
-from fdbroker.lender.quotas import BYTES, DEFAULT, NO_LIMIT, WHAT, Quota, Quotas, half
+from fdbroker.lender.quotas import (
+    BYTES,
+    DEFAULT,
+    FEW,
+    NO_LIMIT,
+    SPARE,
+    WHAT,
+    Quota,
+    Quotas,
+    half,
+)
 
 from .kit import Rig
 
@@ -70,6 +80,64 @@ def test_sessions_entries_and_closes_are_of_one_supply() -> None:
     made.add(alice, "entries", -20)
     assert take_all(made, bob, "sessions") == 10  # half of the 70 that Alice leaves
     assert take_all(made, limited(made, 3), "sessions") == 18
+
+
+def test_what_is_in_hand_is_of_the_share_but_for_a_few() -> None:
+    made = quotas(descriptors=1000)
+    alice = limited(made, ALICE)
+    made.add(alice, "sessions", 400)
+    made.add(alice, "entries", 50)
+    assert take_all(made, alice, "closes") == 50
+    made.add(alice, "closes", -50)
+    made.add(made.account(0), "sessions", 300)  # which leaves 250: she has more than her half
+    assert take_all(made, alice, "closes") == FEW
+    made.add(alice, "closes", -FEW)
+    made.add(made.account(0), "sessions", 230)  # which leaves 20
+    assert take_all(made, alice, "closes") == 10  # half of what is free
+
+
+def test_a_message_is_received_at_once_where_all_of_it_fits() -> None:
+    made = quotas(descriptors=1000)
+    alice, root = limited(made, ALICE), made.account(0)
+    made.add(alice, "sessions", 247)
+    assert made.has_room(alice, 253)
+    made.add(alice, "sessions")
+    assert not made.has_room(alice, 253)
+    assert made.has_room(root, 253)
+    made.add(root, "sessions", 1000 - 248 - 253 - SPARE)
+    assert made.has_room(root, 253)
+    made.add(root, "sessions")
+    assert not made.has_room(root, 253)
+
+
+def test_a_message_is_not_received_at_once_if_it_may_be_more_than_a_rule_says() -> None:
+    made = quotas()
+    alice = limited(made, ALICE, PLENTY._replace(closes=252))
+    assert made.has_room(alice, 252)
+    assert not made.has_room(alice, 253)
+
+
+def test_one_more_may_come_until_too_much_is_in_hand() -> None:
+    made = quotas(descriptors=100)
+    alice = limited(made, ALICE)
+    made.add(alice, "entries", 60)
+    made.check_one(alice)
+    made.add(alice, "closes", FEW - 1)
+    made.check_one(alice)
+    made.add(alice, "closes")
+    with pytest.raises(QuotaExceeded):
+        made.check_one(alice)
+    made.check_one(made.account(0))
+
+
+def test_an_entry_that_is_being_closed_is_one_descriptor() -> None:
+    made = quotas(descriptors=100)
+    alice = limited(made, ALICE)
+    made.add(alice, "entries", 40)
+    for what in ("closes", "closing"):
+        made.add(alice, what, 40)
+    assert (alice.descriptors, made.free_descriptors) == (40, 60)
+    made.check_one(alice)
 
 
 def test_a_descriptor_that_is_put_is_on_the_account_already() -> None:
@@ -200,6 +268,8 @@ def test_nobody_ever_gets_more_than_half_of_what_is_free_to_it(steps) -> None:
         fits = used + 1 <= max(1, (used + free) // 2 + (used + free) % 2)
         if what in ("sessions", "closes"):
             mine = account.sessions + account.entries + account.closes
+            if what == "closes":  # of so small a supply they are few
+                mine = account.closes
             left = supply - sum(
                 one.sessions + one.entries + one.closes for one in accounts.values()
             )
