@@ -154,11 +154,10 @@ class Receive(Job):
     """Receive one message of a session, where there may be no room for all that it brings.
 
     Of its descriptors `most`, which are on the account's closes, get numbers.  The others the
-    kernel closes meanwhile.
+    kernel closes meanwhile; as one uid has one such job at a time, the others can be looked at.
     """
 
     account: Account
-    lane = CLOSING
     awaited = False
 
     def __init__(self, connection: Connection) -> None:
