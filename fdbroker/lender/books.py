@@ -214,11 +214,7 @@ class Books:
         if session.slot in refused:
             return False
         for entry in dict.fromkeys(session.entries):
-            if (
-                entry.state != LIVE
-                or self._is_held(entry, wish)
-                or self._is_behind(entry, wish, arrival)
-            ):
+            if self._is_held(entry, wish) or self._is_behind(entry, wish, arrival):
                 refused.add(session.slot)
                 return False
         return True

@@ -605,6 +605,16 @@ def test_an_exclusive_one_that_leaves_has_each_behind_it_looked_at_once(crowd: R
     assert Counting.looks <= 2 * 50
 
 
+def test_a_shared_one_that_leaves_with_an_exclusive_one_hides_it_not(lot: Rig):
+    holder, exclusive, shared, behind = lot.clients(4)
+    lot.borrow(holder, "a", exclusive=True)
+    assert not lot.borrow(exclusive, "a", "b", exclusive=True)
+    assert not lot.borrow(shared, "a", "b")
+    assert not lot.borrow(behind, "b")
+    lot.retire("a")
+    assert (behind, None) in lot.decided()
+
+
 def test_what_is_over_the_quota_has_no_name_looked_up(lot: Rig):
     (client,) = lot.clients(1)
     client.account.hold_to(DEFAULT._replace(loans=3))
