@@ -149,7 +149,7 @@ def test_every_event_is_recorded() -> None:
     """A method that is new is an event, or it is not: somebody must say so."""
     public = {name for name in dir(Lender) if not name.startswith("_")}
     assert public == {*EVENTS, *LOOKS, *WITHIN}
-    looks = {"limit", "check", "check_members", "free_descriptors"}
+    looks = {"limit", "check", "check_members", "check_one", "has_room", "free_descriptors"}
     assert {name for name in dir(Quotas) if not name.startswith("_")} <= {*CHARGES, *looks}
     changes = {name for name in vars(Account) if callable(getattr(Account, name))}
     assert {name for name in changes if not name.startswith("_")} <= {*CHARGES}
