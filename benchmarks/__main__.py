@@ -11,12 +11,24 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import clients, cycle, layers, memory, names, peers, rc, scale, sessions, startup
+from benchmarks import (
+    clients,
+    cycle,
+    layers,
+    memory,
+    names,
+    peers,
+    pool,
+    rc,
+    scale,
+    sessions,
+    startup,
+)
 from benchmarks.harness import POLICIES, Result, machine, place
 from benchmarks.plot import plot
 from benchmarks.table import VOID, judge, table
 
-MODULES = cycle, layers, sessions, names, clients, peers, rc, startup, scale, memory
+MODULES = cycle, layers, sessions, names, clients, pool, peers, rc, startup, scale, memory
 TOPICS = {module.TOPIC.name: module.TOPIC for module in MODULES}
 FILES = {"table": ["FILE"], "plot": ["FILE", "FOLDER"]}  # that these take
 

@@ -1,13 +1,12 @@
 """Topic `cycle`: borrow + return, one client with one thread, against BASE.
 
 The broker's variants have everything on: names, rules, quotas, ledger, msgpack.  The goals are
-those of the design.  Two variants do more than BASE: put + retire has the broker look at what came,
-and close it in a thread; a `SharedFD` is borrowed by the worker of a pool, which it was pickled to.
+those of the design.  put + retire does more than BASE: the broker looks at what came, and closes it
+in a thread.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -75,30 +74,6 @@ def put() -> Iterator[Run]:
         yield run
 
 
-@contextmanager
-def share() -> Iterator[Run]:
-    broker_class = needs("fdbroker", "Broker")
-    with (
-        lent_file() as file,
-        broker_class() as broker,
-        broker.share(file) as ref,
-        multiprocessing.get_context("spawn").Pool(1) as pool,
-    ):
-
-        def run(n: int) -> None:
-            pool.apply(borrow_often, (ref, n))
-
-        yield run
-        pool.close()
-        pool.join()
-
-
-def borrow_often(ref: Any, n: int) -> None:
-    """The worker's part."""
-    for _ in range(n):
-        ref.borrow().close()
-
-
 TOPIC = Topic(
     name="cycle",
     unit="borrow + return of one descriptor",
@@ -119,7 +94,6 @@ TOPIC = Topic(
             for count in MANY
         ),
         Variant("put + retire", put, against="base", cycles=640),
-        Variant("SharedFD in a pool", share, against="base"),
     ),
     check=C_CHECK,
 )
