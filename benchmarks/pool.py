@@ -1,4 +1,4 @@
-"""Topic `pool`: a `SharedFD` that was pickled to the worker of a pool is borrowed there and returned.
+"""Topic `pool`: the worker of a pool borrows and returns a `SharedFD` that was pickled to it.
 
 A topic of its own, since a pool has threads in the process that makes it, and a client in a process
 with threads takes more care (forks.py): it would not be the one that `cycle` is about.
