@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 READABLE = int(select.EPOLLIN)
 LIFETIME = 10**10  # seconds
 LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
-EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation.  If there
-MOST_EVENTS = (
-    1024  # are more, twice as many the next time: who asks seldom is not behind all others
-)
+EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation.  And if
+MOST_EVENTS = 1024  # there are more, twice as many: who asks seldom is not to be behind them all
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
 

@@ -413,7 +413,7 @@ class Machine(RuleBasedStateMachine):
     def time_passes(self, passed) -> None:
         self.now += passed
         now = self.now
-        while self.naive.view()["deadline"] is not None and self.naive.view()["deadline"] <= now:
+        while (due := self.naive.view()["deadline"]) is not None and due <= now:
             self.event("expire", lambda lender: lender.expire(now), lambda model: model.expire(now))
         self.event("expire", lambda lender: lender.expire(now), lambda model: model.expire(now))
 
