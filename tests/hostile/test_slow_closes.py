@@ -107,7 +107,12 @@ def hanging(target: Target) -> Iterator[Hanging]:
 
 @contextlib.contextmanager
 def hangs(
-    target: Target, hanging: Hanging, call: int, attacker: socket.socket, says: bytes
+    target: Target,
+    hanging: Hanging,
+    call: int,
+    attacker: socket.socket,
+    says: bytes,
+    jobs: int = MANY,
 ) -> Iterator[None]:
     """The attacker goes on until it `says` so, and the broker's threads hang in that call; the good
     client was served meanwhile.  After the block they go on."""
@@ -117,7 +122,7 @@ def hangs(
         assert attacker.recv(100) == says
         wait_until(lambda: hanging.hang(call) >= 1)
         be_served(target)
-        assert target.counts()["jobs"] >= MANY
+        assert target.counts()["jobs"] >= jobs
         yield
     finally:
         hanging.let_go()
@@ -203,16 +208,10 @@ def test_what_hangs_is_within_the_share_of_who_sent_it() -> None:
         files = targets(target.pid)
         with meanwhile(send) as attacker:
             assert attacker.recv(100) == b"opened"
-            hanging.hang(FLUSH)
-            try:
-                attacker.send(b"x")
-                assert attacker.recv(100) == b"sent"
+            with hangs(target, hanging, FLUSH, attacker, b"sent", jobs=1):
                 wait_until(lambda: hanging.hang(FLUSH) >= 2)
-                be_served(target)
                 more = (targets(target.pid) - files).total()
                 assert SESSIONS + MOST // 2 < more <= (LIMIT - files.total()) // 2 + FEW
-            finally:
-                hanging.let_go()
         wait_until(lambda: not uses(target, ALICE))
 
 
@@ -255,19 +254,14 @@ def test_who_dies_while_what_it_put_is_looked_at(target: Target, hanging: Hangin
 
     with meanwhile(put) as attacker:
         assert attacker.recv(100) == b"borrowed"
-        hanging.hang(GETATTR)
-        try:
-            attacker.send(b"x")
-            assert attacker.recv(100) == b"put"
-            wait_until(lambda: hanging.hang(GETATTR) == 1)
+        with hangs(target, hanging, GETATTR, attacker, b"put", jobs=1):
+            assert hanging.hang(GETATTR) == 1
             assert [loan.uid for loan in target.client.loans("public/busy")] == [ALICE]
             attacker.send(b"x")
             target.client.borrow("public/busy", exclusive=True, timeout=PATIENCE / 2).close()
             assert target.client.loans("public/busy") == []
             be_served(target)
             assert hanging.hang(GETATTR) == 1
-        finally:
-            hanging.let_go()
     wait_until(lambda: not uses(target, ALICE))
 
 
