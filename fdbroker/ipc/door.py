@@ -229,10 +229,12 @@ class Door(Loop):
             self._ask_at = 0
             for connection in [one for one in self._hung_up if not one.brings_descriptors]:
                 self.part(connection)
-        for connection in [one for one, until in self._awaited.items() if until <= self.now]:
-            reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"
-            log.warning("event=ended %s reason=%s", connection, reason)
-            self.end(connection)
+        for connection, until in self._awaited.items():
+            if until <= self.now:
+                reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"
+                log.warning("event=ended %s reason=%s", connection, reason)
+                self.end(connection)
+            break  # the next one after the others had their turn: to end one may take long
         self._set_alarm()
 
     def _set_alarm(self) -> None:

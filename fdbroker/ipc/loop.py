@@ -97,6 +97,7 @@ class Loop(ABC):
                 self.ring()
             except Exception:
                 log.exception("event=error alarm")
+            self.settle()
 
     def drain(self, seconds: float | None) -> None:
         """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 
-from support import wait_until
+from support import BORROW, RETURN, Raw, start_fork, wait_until
 
 from fdbroker.ipc import unix
 
 from .planted import broker_with
 
 SOON = 5.0
+EXCLUSIVE = [1, None, ""]  # the fields of such a borrow after the name
 SHORT = """
     from fdbroker.ipc import door
     door.HELLO_TIME = 300_000_000  # nanoseconds
@@ -48,3 +51,28 @@ def test_one_that_leaves_before_is_not_spoken_of(tmp_path):
         silent.close()
         wait_until(lambda: client.stats()["connections"] == 1)
         assert (tmp_path / "stderr").read_text().count("it-said-no-hello") == 1
+
+
+def stay_deaf(address: str) -> None:
+    """Ask on and read nothing, until it is over."""
+    with Raw(address, puts=False) as raw:
+        raw.send(BORROW, 1, "data", *EXCLUSIVE)
+        raw.send(RETURN, 2)
+        raw.send(BORROW, 3, "data", *EXCLUSIVE)
+        over = select.poll()
+        over.register(raw.sock, 0)
+        assert over.poll(SOON * 1000)
+
+
+def test_who_does_not_read_is_shown_out_and_the_next_one_has_its_turn(tmp_path):
+    with broker_with(tmp_path, SHORT) as (client, _), (tmp_path / "data").open("wb") as file:
+        client.put("data", file)
+        wait = start_fork(lambda: stay_deaf(client.address))
+        wait_until(lambda: [loan.id.split(".")[1] for loan in client.loans()] == ["3"])
+        with Raw(client.address, puts=False) as raw:
+            raw.send(BORROW, 1, "data", *EXCLUSIVE)  # and nobody says anything from now on
+            message, (number,) = raw.receive()
+            os.close(number)
+            assert message[:2] == [0, 1]
+        wait()
+        assert (tmp_path / "stderr").read_text().count("reason=it-does-not-read") == 1
