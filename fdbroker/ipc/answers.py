@@ -30,7 +30,7 @@ from fdbroker.ipc.admission import log_refusal
 from fdbroker.ipc.connection import ENDED, READY, UNREAD, Connection, Unsent
 from fdbroker.ipc.door import Door
 from fdbroker.ipc.jobs import Discard, Receive, Reopen
-from fdbroker.ipc.loop import READABLE
+from fdbroker.ipc.loop import READABLE, Action
 from fdbroker.ipc.messages import (
     DESCRIPTORS,
     GRANTED,
@@ -70,8 +70,8 @@ class Answers(Door):
         self._apart: dict[Account, deque[Receive]] = {}  # of each the first has begun
 
     @abstractmethod
-    def _serve(self, connection: Connection, events: int) -> None:
-        """It can be received from."""
+    def serving(self, connection: Connection) -> Action:
+        """What to do when it can be received from."""
 
     @abstractmethod
     def start_job(self, connection: Connection, job: Request) -> None:
@@ -224,9 +224,9 @@ class Answers(Door):
         assert unsent is not None
         if not events & GONE and connection.unread_bytes():
             return
-        self._listen(connection)
-        self.has_come(connection)
         connection.state = READY
+        self.has_come(connection)
+        self.listen(connection)
         if events & GONE:
             self._drop_unsent(connection)
         else:
@@ -244,7 +244,7 @@ class Answers(Door):
     def receive_apart(self, connection: Connection) -> None:
         """Have a worker receive the next message; until that is taken up, nothing else is."""
         job = connection.apart = Receive(connection)
-        self._listen(connection)
+        self.listen(connection)
         jobs = self._apart.setdefault(connection.account, deque())
         jobs.append(job)
         if len(jobs) == 1:
@@ -283,14 +283,16 @@ class Answers(Door):
                 self.end(connection)
             elif not connection.brings_descriptors:  # any more
                 self.part(connection)
-        elif connection.state != UNREAD:
-            self._listen(connection)
+        else:
+            self.listen(connection)
             self._take_up(connection)
 
-    def _listen(self, connection: Connection) -> None:
+    def listen(self, connection: Connection) -> None:
         """Serve it when it can be received from, which it cannot be while a worker does."""
+        if connection.state == UNREAD:  # not before it has read
+            return
         if connection.apart is None or connection.apart.done:
-            self.rewatch(connection.number, READABLE, self._serve, connection)
+            self.rewatch(connection.number, READABLE, self.serving(connection), connection)
         else:
             self.rewatch(connection.number, NOTHING, self._leave, connection)
 
@@ -303,4 +305,4 @@ class Answers(Door):
         """Serve it, if a worker has received something from it, and it may ask on."""
         apart = connection.apart
         if apart is not None and apart.done and connection.state not in (UNREAD, ENDED):
-            self._serve(connection, 0)
+            self.serving(connection)(connection, 0)

@@ -58,7 +58,7 @@ class Request(Job):
         answered = False
         try:
             if not self.failure and self.connection.state != ENDED:
-                self.answer(server)
+                server.in_time(self.connection, self.answer, server)
                 answered = True
         except Exception:
             log.exception("event=error %s", self.connection)

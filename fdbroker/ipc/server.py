@@ -28,7 +28,6 @@ from fdbroker.errors import (
 )
 from fdbroker.ipc import unix
 from fdbroker.ipc.admission import Admission, check_right_somewhere, log_refusal
-from fdbroker.ipc.answers import Answers
 from fdbroker.ipc.connection import (
     ENDED,
     GREETING,
@@ -56,6 +55,7 @@ from fdbroker.ipc.messages import (
     encode_error,
     remember,
 )
+from fdbroker.ipc.turns import Turns
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.lender.parts import FREE, LENT
 from fdbroker.lender.quotas import DEFAULT, Quota
@@ -65,17 +65,15 @@ if TYPE_CHECKING:
     from fdbroker.ipc.listener import Listener
     from fdbroker.lender import Lender
     from fdbroker.lender.parts import Entry
-    from fdbroker.lender.quotas import Account
     from fdbroker.lender.rules import Rule
 
 
 COSTLY = 32  # to receive and close so many descriptors costs as much as an offence
-UNWATCHED: tuple[Any, Any] = None, None
 
 log = logging.getLogger("fdbroker")
 
 
-class Server(Answers):
+class Server(Turns):
     """Serves the books of `lender` at `listener`, until it has drained."""
 
     def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
@@ -83,7 +81,6 @@ class Server(Answers):
         self.custody = custody or Custody()
         self._admission = Admission()
         self._by_slot: dict[int, Connection] = {}  # by session slot
-        self._served_last: set[Account] = set()
         self.watch(self.workers.wake, self._finish_jobs)
 
     def close(self) -> None:
@@ -118,32 +115,8 @@ class Server(Answers):
         for account, quota in before.items():
             if not account.limited:  # nobody of it is admitted any more: what is granted stays
                 account.hold_to(quota)
-
-    def in_turn(self, happened: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """One request of each uid that is held to a quota, and all of the others.
-
-        So who keeps many sessions busy is ahead of nobody by more than one of each batch (`EVENTS`)
-        that epoll hands out.  First come those of whom nothing was taken up the last time, last who
-        wants to come in.
-        """
-        now: list[tuple[int, int]] = []
-        later: list[tuple[int, int]] = []
-        served: set[Account] = set()
-        for event in happened:
-            action, about = self._watched.get(event[0], UNWATCHED)
-            if action == self._accept or action == self._send_unsent:
-                later.append(event)
-                continue
-            if action == self._serve and about.account.limited:
-                if about.account in served:
-                    continue
-                served.add(about.account)
-                if about.account in self._served_last:
-                    later.append(event)
-                    continue
-            now.append(event)
-        self._served_last = served
-        return now + later
+        for connection in self._connections.values():
+            self.listen(connection)
 
     def keep(self, entry: Entry, where: str) -> None:
         """It has just come into the books, by a put or from the file: it leads to `where`.
@@ -164,8 +137,11 @@ class Server(Answers):
                 connection = self._by_slot.get(session.slot)
                 if connection is None or connection.session is not session:
                     continue
+                if self.is_put_off(connection):
+                    self.tell_later(session, seq, error)
+                    continue
                 try:
-                    self._tell(connection, seq, error)
+                    self.in_time(connection, self._tell, connection, seq, error)
                 except Exception:
                     self._blame_us(connection)
             while self.lender.closings:
@@ -193,7 +169,7 @@ class Server(Answers):
         """It has come: serve it.  `NotPermitted`, `QuotaExceeded`; OSError: max_user_watches."""
         self._admission.look_at(connection)
         self._admission.check_come(connection)
-        self.watch(connection.number, self._serve, connection)
+        self.watch(connection.number, self.serving(connection), connection)
         self.lender.quotas.add(connection.account, "sessions")
         self._connections[connection.number] = connection
 

@@ -28,7 +28,7 @@ def target(shared_target: Target, request: pytest.FixtureRequest) -> Iterator[Ta
         yield shared_target
 
 
-FAST = ("test_cases.py", "test_unasked.py", "test_identity.py")
+FAST = ("test_cases.py", "test_unasked.py", "test_identity.py", "test_long_turns.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

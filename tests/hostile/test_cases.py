@@ -51,6 +51,11 @@ CASES = {
     "offenders that come again and again": [
         "hostile/test_pressure.py::test_who_breaks_the_rules_again_and_again_is_let_in_only_so_often"
     ],
+    "who has each turn take long": [
+        "hostile/test_long_turns.py::test_many_epolls_watch_its_own_end",
+        "hostile/test_long_turns.py::test_it_names_thousands",
+        "ipc/test_time.py::test_no_session_of_its_uid_is_served_and_all_others_are",
+    ],
     # --- malice ---
     "unasked descriptors": [
         "hostile/test_unasked.py::test_to_a_session_that_puts",

@@ -1,0 +1,61 @@
+"""Who has each of its turns take as long as it can: the others have most of the time."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+from collections.abc import Callable
+
+from support import BORROW, RETURN, SHARED, Raw, start_fork
+
+from .target import ALICE, Target, become
+
+ASKED = 8  # times by the attacker, in each process
+FAIR = 4  # times as many answers has the good client, at least, though it makes pauses
+WATCHES = 40_000  # of one session
+FILES = 2_000  # numbers of one file, which an epoll may watch each
+NAMED = 3_000
+
+
+def outlast(target: Target, prepare: Callable[[Raw], None], names: object) -> None:
+    """One borrows again and again, as fast as it is answered."""
+
+    def run() -> int:
+        become(ALICE)
+        with Raw(target.address, puts=False) as raw:
+            prepare(raw)
+            before = target.good.answers
+            for seq in range(1, 2 * ASKED, 2):
+                raw.send(BORROW, seq, names, *SHARED)
+                message, numbers = raw.receive()
+                for number in numbers:
+                    os.close(number)
+                assert message is not None
+                assert message[:2] == [0, seq]
+                raw.send(RETURN, seq + 1)
+            return target.good.answers - before
+
+    answers = start_fork(run)()
+    print(f"\n{ASKED} long turns, {answers} answers to the good client")
+    assert answers > FAIR * ASKED
+
+
+def test_many_epolls_watch_its_own_end(target: Target) -> None:
+    """The kernel tells each of them of each message, in the broker's thread."""
+
+    def watch(raw: Raw) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        numbers = [os.dup(raw.sock.fileno()) for _ in range(FILES)]
+        for _ in range(WATCHES // FILES):
+            watcher = select.epoll()
+            os.dup(watcher.fileno())  # it stays
+            for number in numbers:
+                watcher.register(number, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
+
+    outlast(target, watch, "public/memory")
+
+
+def test_it_names_thousands(target: Target) -> None:
+    outlast(target, lambda raw: None, ["public/memory"] * NAMED)
