@@ -8,7 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 from ruled import ALICE, BOB, Ruled, ask_as, put, rule, session_as
-from support import BORROW, CANCEL, MORE, PUT, RETURN, SHARED, Raw, cpu_seconds, in_fork, stopped, wait_until
+from support import (
+    BORROW,
+    CANCEL,
+    MORE,
+    PUT,
+    RETURN,
+    SHARED,
+    Raw,
+    cpu_seconds,
+    in_fork,
+    stopped,
+    wait_until,
+)
 
 import fdbroker
 from fdbroker.ipc import turns
