@@ -23,7 +23,7 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
 )
-from fdbroker.ipc.workers import CLOSING, Job
+from fdbroker.ipc.workers import CLOSING, RECEIVING, Job
 from fdbroker.lender.quotas import FEW
 from fdbroker.rc import FD
 
@@ -158,6 +158,7 @@ class Receive(Job):
     """
 
     account: Account
+    lane = RECEIVING
     awaited = False
 
     def __init__(self, connection: Connection) -> None:

@@ -4,8 +4,8 @@ close(2) waits for SO_LINGER, FUSE and NFS; so do open(2) and fstat(2) on a file
 Each such call is a job: it runs in a thread and touches nothing that the loop uses; then it is
 back on the loop, where it is finished, whatever became of it.
 
-Closing has threads of its own: what hangs while it is looked at or opened, or while it is closed,
-never stops the other.  Nor does what hangs for one uid stop all others: one has at most half of
+Closing has threads of its own, and so has receiving: what hangs while it is looked at or opened,
+closed or received, never stops the others.  Nor does what hangs for one uid stop all others: one has at most half of
 the threads that nobody else has, and what it wants done beyond that waits.  The first threads start
 with the broker, since one more may be refused later (pthread_create(3), EAGAIN); one more is tried
 for a uid that has none, when all are busy.
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server import Server
     from fdbroker.lender.quotas import Account
 
-THREADS = 4  # in each lane
-MOST_THREADS = 64  # the same, if so many are stuck
-LOOKING, CLOSING = LANES = "look", "close"
+THREADS = 4  # that look, and as many that close
+MOST_THREADS = 64  # in each lane, if so many are stuck
+LOOKING, CLOSING, RECEIVING = "look", "close", "receive"
+LANES = {LOOKING: THREADS, CLOSING: THREADS, RECEIVING: 1}  # of a uid one message at a time
 APART = ""  # a thread of its own, for what may hang and is the broker's own: the end never waits
 END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
 
@@ -140,9 +141,9 @@ class Workers:
         self.apart = 0  # ... those with a thread of their own
         self.awaited = 0  # of the pending ones
         try:
-            for lane in LANES:
+            for lane, threads in LANES.items():
                 self._lanes[lane] = Lane(self._work)
-                for _ in range(THREADS):
+                for _ in range(threads):
                     self._lanes[lane].add_thread()
         except BaseException:
             self.close()

@@ -107,6 +107,24 @@ def test_while_looking_hangs_closing_goes_on(tmp_path, stuck, data_file):
             client.retire("data", wait=True, timeout=SOON)
 
 
+NO_ROOM = """
+    from fdbroker.lender.quotas import Quotas
+    Quotas.has_room = lambda self, account, count: False
+"""
+
+
+def test_while_looking_hangs_messages_are_received(tmp_path, stuck, data_file):
+    """Also where a thread receives them, since there may be no room for what they bring."""
+    os.mkfifo(tmp_path / "go")
+    plant = HANG.format("inspect") + NO_ROOM
+    with broker_with(tmp_path, plant) as (client, _):
+        client.put("data", data_file)
+        with as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path):
+            with Raw(client.address, puts=True) as raw:
+                raw.sock.settimeout(SOON)
+                os.close(raw.borrow(1, "data"))
+
+
 def test_while_opening_hangs_closing_goes_on(tmp_path, stuck, data_file):
     os.mkfifo(tmp_path / "go")
     with broker_with(tmp_path, HANG.format("reopen_read_only")) as (client, _):
