@@ -5,10 +5,10 @@ Each such call is a job: it runs in a thread and touches nothing that the loop u
 back on the loop, where it is finished, whatever became of it.
 
 Closing has threads of its own, and so has receiving: what hangs while it is looked at or opened,
-closed or received, never stops the others.  Nor does what hangs for one uid stop all others: one has at most half of
-the threads that nobody else has, and what it wants done beyond that waits.  The first threads start
-with the broker, since one more may be refused later (pthread_create(3), EAGAIN); one more is tried
-for a uid that has none, when all are busy.
+closed or received, never stops the others.  Nor does what hangs for one uid stop all others: one
+has at most half of the threads that nobody else has, and what it wants done beyond that waits.  The
+first threads start with the broker, since one more may be refused later (pthread_create(3),
+EAGAIN); one more is tried for a uid that has none, when all are busy.
 """
 
 from __future__ import annotations

@@ -119,10 +119,10 @@ def test_while_looking_hangs_messages_are_received(tmp_path, stuck, data_file):
     plant = HANG.format("inspect") + NO_ROOM
     with broker_with(tmp_path, plant) as (client, _):
         client.put("data", data_file)
-        with as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path):
-            with Raw(client.address, puts=True) as raw:
-                raw.sock.settimeout(SOON)
-                os.close(raw.borrow(1, "data"))
+        hanging = as_many_as_threads(client, lambda n: client.put(f"stuck-{n}", stuck), tmp_path)
+        with hanging, Raw(client.address, puts=True) as raw:
+            raw.sock.settimeout(SOON)
+            os.close(raw.borrow(1, "data"))
 
 
 def test_while_opening_hangs_closing_goes_on(tmp_path, stuck, data_file):
