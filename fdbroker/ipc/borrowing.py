@@ -14,8 +14,8 @@ from collections.abc import Callable
 from itertools import starmap
 
 from fdbroker.errors import BrokerGone
-from fdbroker.ipc import messages
-from fdbroker.ipc.forks import catch_up, later, other_threads
+from fdbroker.ipc import forks, messages
+from fdbroker.ipc.forks import catch_up, later
 from fdbroker.ipc.loan import Loan
 from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY, unpack_grant
 from fdbroker.ipc.owned import Arguments, message_with
@@ -90,10 +90,12 @@ def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
         except ConnectionResetError:  # it died with something unread: this was not sent
             raise BrokenPipeError from None
         received = session.owned
-        if timeout is None and not other_threads():
-            received.extend(starmap(session.recvmsg, receiving))
-        else:
+        if timeout is not None:
             session.wait(seq, timeout)
+        elif forks.other_threads():
+            session.receive()
+        else:
+            received.extend(starmap(session.recvmsg, receiving))
         reply, ancillary, _, _ = received[0]
         try:
             start, of, counted, since = unpack_grant(reply)

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import os
 from _thread import RLock, get_ident  # as in `threading`, which costs too much at a start
-from _thread import _count as other_threads  # threading.active_count() takes a lock, and long
+from _thread import _count as count_threads  # threading.active_count() takes a lock, and long
 from collections import deque
 from collections.abc import Callable
 from weakref import WeakSet
+
+from fdbroker.lean import suppress
 
 TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ __all__ = ["GATE", "catch_up", "catching_up", "in_finalizer", "later", "other_th
 
 GATE = RLock()  # reentrant: a signal handler may fork, a finalizer may close
 sessions: WeakSet[Forked] = WeakSet()  # all of this process
+other_threads: Callable[[], int] = count_threads  # how many, or more; in a child see below
 
 
 class _Left(tuple[Callable[[], None]]):
@@ -118,6 +121,21 @@ def _mark_in_child() -> None:
     _mark(True)
 
 
+def _forget_threads() -> None:
+    """Python counts those that stayed with the parent to the end.  How many there really are only
+    the kernel knows: other hooks may have started some."""
+    global other_threads
+    if not count_threads():
+        return
+    with suppress(OSError):  # no /proc: as if all were there, which is slower, and right
+        stayed = max(0, count_threads() + 1 - len(os.listdir("/proc/self/task")))
+
+        def count_others() -> int:
+            return count_threads() - stayed
+
+        other_threads = count_others
+
+
 def _close_in_child() -> None:
     failure = None
     for session in list(sessions):
@@ -140,4 +158,5 @@ os.register_at_fork(
 os.register_at_fork(after_in_parent=_mark_in_parent, after_in_child=_mark_in_child)
 os.register_at_fork(after_in_child=_close_in_child)
 os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_forget_threads)
 os.register_at_fork(after_in_parent=GATE.release, after_in_child=GATE.release)

@@ -16,8 +16,8 @@ import os
 from time import CLOCK_BOOTTIME, clock_gettime, time
 
 from fdbroker.errors import ClosedLoanError, ForkedLoanError
-from fdbroker.ipc import owned
-from fdbroker.ipc.forks import GATE, catching_up, other_threads
+from fdbroker.ipc import forks, owned
+from fdbroker.ipc.forks import GATE, catching_up
 from fdbroker.ipc.messages import HEAD
 from fdbroker.ipc.session import RETURN_HEAD
 from fdbroker.ipc.unix import SEND_NOW
@@ -202,15 +202,15 @@ class Loan:
             del self._session
         except AttributeError:  # a second time, or another thread was first
             return
-        if session.holding is not None or other_threads():
+        if session.holding is not None or forks.other_threads():
             session.close_loan()
             return
         try:  # what `close_loan` does, written out for the usual case
-            session.thread = 0
             received = session.owned
             for rights in received:
                 any(map(close_number, rights))
             received.clear()
+            session.thread = 0  # from here on a fork splits it no more
             if session.split:
                 session.end()
                 return

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import pytest
 from places import Tracer, every_place
-from support import targets, wait_until
+from support import PATIENCE, targets, wait_until
 
 import fdbroker
 from fdbroker.errors import ClosedLoanError
@@ -27,8 +28,16 @@ from fdbroker.ipc.pool import cut_off
 
 def is_waiting(thread: threading.Thread) -> bool:
     """Whether it sleeps in the kernel: here, for the gate (proc_pid_stat(5))."""
-    with open(f"/proc/self/task/{thread.native_id}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "S"
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "S"
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return False
+
+
+def has_ended(thread: threading.Thread) -> bool:
+    """Also for the kernel."""
+    return not os.path.exists(f"/proc/self/task/{thread.native_id}")
 
 
 @contextlib.contextmanager
@@ -242,3 +251,75 @@ def test_a_loan_can_be_shown_while_another_thread_closes_it(
         tracer.raised = tracer.acted
 
     assert every_place(loan_module.__file__, act) >= 10
+
+
+def test_a_socket_that_is_made_while_another_thread_closes_the_loan_is_closed_too(
+    broker: fdbroker.Broker,
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        broker.put("socket", made)
+
+    def act(tracer: Tracer) -> None:
+        loan = broker.borrow("socket")
+        thread = threading.Thread(target=loan.close)
+
+        def close() -> None:
+            thread.start()
+            wait_until(lambda: has_ended(thread) or is_waiting(thread))
+
+        tracer.when, tracer.at, tracer.meanwhile = tracer.at, -1, close
+        made: list[socket.socket] = []
+        with contextlib.suppress(ClosedLoanError), tracer.running():
+            made.append(loan.as_socket())
+        if tracer.acted:
+            thread.join()
+        loan.close()
+        assert [sock.fileno() for sock in made] in ([], [-1])
+        tracer.raised = tracer.acted
+
+    assert every_place(loan_module.__file__, act) >= 10
+
+
+THREADS_BEHIND = """
+import os, sys, threading
+go_on = threading.Event()
+if sys.argv[1] == "hook":  # which comes before ours, as it is there before
+    thread = threading.Thread(target=go_on.wait, daemon=True)
+    os.register_at_fork(after_in_child=thread.start)
+import fdbroker
+from fdbroker.ipc import forks
+idle = [threading.Thread(target=go_on.wait, daemon=True) for _ in range(3)]
+for thread in idle:
+    thread.start()
+assert forks.other_threads() == 3
+if pid := os.fork():
+    assert os.waitpid(pid, 0)[1] == 0
+    assert forks.other_threads() == 3
+else:
+    hooked = sys.argv[1] == "hook"
+    assert (forks.other_threads() > 0) == hooked, forks.other_threads()
+    if not hooked:
+        thread = threading.Thread(target=go_on.wait, daemon=True)
+        thread.start()
+        while not forks.other_threads():
+            pass
+        if pid := os.fork():
+            assert os.waitpid(pid, 0)[1] == 0
+            go_on.set()
+            thread.join()
+            while forks.other_threads():
+                pass
+        else:
+            assert forks.other_threads() == 0
+            os._exit(0)
+    os._exit(0)
+go_on.set()
+"""
+
+
+@pytest.mark.parametrize("case", ["", "hook"])
+def test_threads_that_stayed_with_the_parent_are_not_the_childs(case: str) -> None:
+    """Which borrows as a process with one thread does, unless it has started others."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", THREADS_BEHIND, case]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
