@@ -2,7 +2,7 @@
 # make test    set up, then the fast tier of the tests
 # make long    the long tier: many rounds of what the fast one does briefly
 # make check   ruff, mypy --strict, import contract
-# make bench   the benchmarks (minutes; quiet machine)
+# make bench   the benchmarks of the main goals, raw rounds in build/ (minutes; quiet machine)
 # PYTHON=...   another interpreter, 3.11 or newer; VENV=... another place for its environment
 
 PYTHON ?= python3
@@ -33,9 +33,9 @@ check: $(STAMP)
 
 bench:
 	@$(MAKE) --no-print-directory PYTHON=$(BENCH_PYTHON) VENV=.venv-bench .venv-bench/.installed
-	.venv-bench/bin/python -m benchmarks rc
-	.venv-bench/bin/python -m benchmarks cycle
-	.venv-bench/bin/python -m benchmarks startup
+	@mkdir -p build
+	for topic in rc cycle startup; do \
+		.venv-bench/bin/python -m benchmarks $$topic --json build/bench-$$topic.json || exit; done
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

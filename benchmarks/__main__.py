@@ -1,13 +1,15 @@
-"""python -m benchmarks [TOPIC] [--rounds N] [--json FILE]: measures, keeps the rounds, prints them.
+"""python -m benchmarks [TOPIC] [--rounds N] [--json [FILE]]: measures, and prints a table.
 
-`python -m benchmarks table FILE` prints the table of an earlier run, and `plot FILE FOLDER` draws
-it.  The exit status is 1 if the run is void.
+With --json FILE the raw rounds are kept there, without FILE they are printed in its place.
+`python -m benchmarks table FILE` prints the table of an earlier run, `plot FILE FOLDER` draws it,
+`goals FILE ...` says what several reached.  The exit status is 1 if the run is void.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,15 +28,19 @@ from benchmarks import (
 )
 from benchmarks.harness import POLICIES, Result, machine, place
 from benchmarks.plot import plot
-from benchmarks.table import VOID, judge, table
+from benchmarks.table import VOID, goals, judge, table
 
 MODULES = cycle, layers, sessions, names, clients, pool, peers, rc, startup, scale, memory
 TOPICS = {module.TOPIC.name: module.TOPIC for module in MODULES}
-FILES = {"table": ["FILE"], "plot": ["FILE", "FOLDER"]}  # that these take
+PRINTED = Path("-")
+FILES = {"table": "FILE", "plot": "FILE and FOLDER", "goals": "FILE ..."}  # what these take
 
 
 def main() -> int:
     asked = arguments()
+    if asked.what == "goals":
+        print(goals([json.loads(file.read_text()) for file in asked.files]))
+        return 0
     if asked.what in FILES:
         result: Result = json.loads(asked.files[0].read_text())
     else:
@@ -43,7 +49,7 @@ def main() -> int:
         for file in plot(result, asked.files[1]):
             print(file)
         return 0
-    print(table(result))
+    print(raw(result) if asked.json == PRINTED else table(result))
     void = any(judge(topic)[0] == VOID for topic in result["topics"].values())
     return 1 if void else 0
 
@@ -54,27 +60,44 @@ def run(asked: argparse.Namespace) -> Result:
     result = {"machine": machine(cpu, asked.policy), "rounds": asked.rounds, "topics": {}}
     for topic in [TOPICS[asked.what]] if asked.what else TOPICS.values():
         result["topics"][topic.name] = topic.measure(asked.rounds)
-        if asked.json:
-            asked.json.write_text(json.dumps(result, indent=1) + "\n")
+        if asked.json not in (None, PRINTED):
+            asked.json.write_text(raw(result) + "\n")
     return result
+
+
+def raw(result: Result) -> str:
+    """The JSON of a run: a line for each variant's rounds, so that a change of them can be seen."""
+    text = json.dumps(result, indent=1)
+    return re.sub(r"\[[\d,\s]+\]", lambda found: " ".join(found[0].split()), text)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("what", nargs="?", choices=[*TOPICS, *FILES], help="default: every topic")
     parser.add_argument(
-        "files", nargs="*", type=Path, help="for table and plot: the JSON of a run; for plot: where"
+        "files",
+        nargs="*",
+        type=Path,
+        help="the JSON of runs; for plot: where",
     )
     parser.add_argument("--rounds", type=int, default=31, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to keep the raw rounds")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=PRINTED,
+        metavar="FILE",
+        help="keep the raw rounds there; without FILE print them",
+    )
     parser.add_argument("--cpu", type=int, metavar="N", help="default: the last one allowed")
     parser.add_argument("--policy", choices=POLICIES, default="batch", help="of the scheduler")
     parser.add_argument(
         "--unpinned", action="store_true", help="on all CPUs, under the default policy"
     )
     asked = parser.parse_args()
-    if len(asked.files) != len(wanted := FILES.get(asked.what, [])):
-        parser.error(f"{asked.what or 'a run'} takes {' and '.join(wanted) or 'no file'}")
+    takes = {"table": 1, "plot": 2, "goals": max(1, len(asked.files))}.get(asked.what, 0)
+    if len(asked.files) != takes:
+        parser.error(f"{asked.what or 'a run'} takes {FILES.get(asked.what, 'no file')}")
     if asked.rounds < 2:
         parser.error("a spread takes two rounds at least")
     if asked.unpinned:

@@ -48,7 +48,8 @@ class Variant:
     setup: Callable[[], AbstractContextManager[Run]]
     against: str
     per: int = 1  # how much one run(1) does: 32 descriptors, say
-    goal: float | None = None  # the ratio to reach
+    goal: float | None = None  # the ratio to reach, at most
+    least: float | None = None  # the same for what is to be slower: at least
     cycles: int | None = None  # in each round; None: as the topic says
 
 
@@ -148,6 +149,7 @@ def measure(topic: Topic, rounds: int) -> Result:
                 "name": variant.name,
                 "against": variant.against,
                 "goal": variant.goal,
+                "least": variant.least,
                 "per": variant.per,
                 "runs": max(1, (variant.cycles or topic.cycles) // variant.per),
                 "ns": [],

@@ -24,6 +24,8 @@ from fdbroker.ipc.messages import BORROW, HEAD, RETURN, template
 IDLE = 1, 10, 100, 250, 1000, 4000
 FIRST = "beside 1 idle"
 S6_IDLE = 1, 100, 250
+AHEAD_FROM = 100  # idle sessions we are to be faster than s6
+GOAL = 1.15
 IN_TURN = 1, 4000
 FIRST_IN_TURN = "1 in turn"
 
@@ -66,9 +68,22 @@ TOPIC = Topic(
     unit="borrow + return of one descriptor",
     cycles=1600,
     variants=(
-        *(Variant(f"beside {idle} idle", partial(beside, idle), against=FIRST) for idle in IDLE),
         *(
-            Variant(f"s6 beside {idle} idle", partial(s6_kept, idle), against=f"beside {idle} idle")
+            Variant(
+                f"beside {idle} idle",
+                partial(beside, idle),
+                against=FIRST,
+                goal=GOAL if idle == IDLE[-1] else None,
+            )
+            for idle in IDLE
+        ),
+        *(
+            Variant(
+                f"s6 beside {idle} idle",
+                partial(s6_kept, idle),
+                against=f"beside {idle} idle",
+                least=1 if idle >= AHEAD_FROM else None,
+            )
             for idle in S6_IDLE
         ),
         *(

@@ -59,7 +59,6 @@ def rows(topic: Result) -> Iterator[str]:
     yield "|---" * len(COLUMNS) + "|"
     for variant in topic["variants"]:
         times = micros(variant)
-        goal = "" if variant["goal"] is None else f"{variant['goal']:.2f}"
         switches = median(variant["switches"]) / (variant["runs"] * variant["per"])
         cells = [variant["name"], f"{median(times):.3f}", f"{min(times):.3f}", spread(times)]
         if variant["against"] == variant["name"]:
@@ -69,7 +68,43 @@ def rows(topic: Result) -> Iterator[str]:
         else:
             shares = ratios(topic, variant)
             cells += [f"{median(shares):.3f}", spread(shares), variant["against"]]
-        yield "| " + " | ".join([*cells, goal, f"{switches:.2f}"]) + " |"
+        yield "| " + " | ".join([*cells, wanted(variant), f"{switches:.2f}"]) + " |"
+
+
+def wanted(variant: Result) -> str:
+    """The goal of its ratio, if it has one."""
+    if variant["least"] is not None:
+        return f"≥ {variant['least']:.2f}"
+    return "" if variant["goal"] is None else f"{variant['goal']:.2f}"
+
+
+def goals(results: list[Result]) -> str:
+    """What was to be reached, and what the worst of these runs has."""
+    lines = ["| topic | what | goal | in each run | worst |", "|---|---|---|---|---|"]
+    names = list(dict.fromkeys(name for result in results for name in result["topics"]))
+    for name in names:
+        topics = [result["topics"][name] for result in results if name in result["topics"]]
+        if "figures" in topics[0]:
+            for figure in topics[0]["figures"]:
+                if figure["goal"] is not None:
+                    values = [find(topic, figure["name"], "figures")["value"] for topic in topics]
+                    goal = f"{figure['goal']:g} {figure['unit']}"
+                    lines.append(goal_row(name, figure, goal, values))
+            continue
+        for variant in topics[0]["variants"]:
+            if wanted(variant):
+                shares = [median(ratios(topic, find(topic, variant["name"]))) for topic in topics]
+                lines.append(goal_row(name, variant, wanted(variant), shares))
+    return "\n".join(lines)
+
+
+def goal_row(topic: str, what: Result, goal: str, values: list[float]) -> str:
+    least = what.get("least")
+    worst = max(values) if least is None else min(values)
+    reached = worst <= what["goal"] if least is None else worst >= least
+    each = ", ".join(f"{value:,.2f}" for value in values)
+    verdict = f"{worst:,.2f}" if reached else f"**{worst:,.2f}, not reached**"
+    return f"| {topic} | {what['name']} | {goal} | {each} | {verdict} |"
 
 
 def layers(topic: Result) -> Iterator[str]:
@@ -113,8 +148,8 @@ def ratios(topic: Result, variant: Result) -> list[float]:
     return [mine / theirs for mine, theirs in pairs]
 
 
-def find(topic: Result, name: str) -> Result:
-    for variant in topic["variants"]:
+def find(topic: Result, name: str, among: str = "variants") -> Result:
+    for variant in topic[among]:
         if variant["name"] == name:
             found: Result = variant
             return found
