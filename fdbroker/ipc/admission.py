@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from fdbroker.descriptors import LISTENERS
 from fdbroker.errors import FDBrokerError, NotPermitted
@@ -30,6 +31,7 @@ from fdbroker.lender.rules import LISTEN, READ, ROOT, Rights, Rule, Rules
 
 if TYPE_CHECKING:
     from fdbroker.ipc.connection import Connection
+    from fdbroker.ipc.messages import Known
     from fdbroker.lender.parts import Entry
     from fdbroker.lender.quotas import Account
 
@@ -44,7 +46,7 @@ class Admission:
         self.rules = Rules(
             rules, os.geteuid(), quota, unknown_uid=unknown_uid, unknown_gid=unknown_gid
         )
-        self._known: dict[Rights, dict[bytes, tuple[int, Any]]] = {}
+        self._known: dict[Rights, Known] = {}
 
     def look_at(self, connection: Connection) -> None:
         """Note what its peer may do, and have: of what sessions of one uid may, the most."""
@@ -53,7 +55,8 @@ class Admission:
             groups = {peer.gid, *unix.groups_among(self.rules.gids, connection.sock)}
         rights = connection.rights = self.rules.rights(peer.uid, groups)
         _hold(connection.account, rights)
-        connection.known = KNOWN if rights.unlimited else self._known.setdefault(rights, {})
+        known = KNOWN if rights.unlimited else self._known.setdefault(rights, OrderedDict())
+        connection.known = known
 
     def hold(self, account: Account) -> None:
         """Hold an account to what its uid may have, whoever it is in which groups."""

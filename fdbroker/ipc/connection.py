@@ -16,9 +16,10 @@ In whichever state, a worker may be receiving from it (`apart`): nothing else do
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from fcntl import ioctl
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.ipc import unix
 from fdbroker.ipc.messages import DESCRIPTORS, MESSAGE_BYTES
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import socket
 
     from fdbroker.ipc.jobs import Receive, Request
+    from fdbroker.ipc.messages import Known
     from fdbroker.ipc.unix import Inbox
     from fdbroker.lender.quotas import Quotas
 
@@ -93,7 +95,7 @@ class Connection:
         self.state = GREETING
         self.session = NOBODY
         self.rights = NO_RIGHTS  # of the peer, by the rules of now
-        self.known: dict[bytes, tuple[int, Any]] = {}  # requests that it may make, see messages.py
+        self.known: Known = OrderedDict()  # requests that it may make, see messages.py
         self.inbox: Inbox | None = None  # the descriptors of the request at hand
         self.job: Request | None = None  # while WORKING, or ENDED meanwhile
         self.apart: Receive | None = None  # until the message that it brings is taken up

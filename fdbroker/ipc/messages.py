@@ -20,6 +20,7 @@ a third of the time.
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 
 import msgpack
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fdbroker.lender.parts import Wish
+
+    Known = OrderedDict[bytes, tuple[int, Any]]
 
 VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
@@ -56,7 +59,7 @@ REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
 UINT64 = 0xCF  # msgpack's
-KNOWN_REQUESTS = 512  # that a broker remembers, each of at most so many bytes:
+KNOWN_REQUESTS = 4096  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 256
 UINT16 = 0xCD
 GRANT = struct.Struct(">3sQ7sQ")  # the reply to BORROW and MORE, in msgpack's widest forms:
@@ -245,7 +248,7 @@ def _decode(data: bytes, side: str) -> list[Any]:
     return message
 
 
-KNOWN: dict[bytes, tuple[int, Any]] = {}
+KNOWN: Known = OrderedDict()
 """Requests that were decoded before, by their bytes without the seq: (verb, fields).  Of those who
 may do everything: what the others said is remembered apart (admission.py)."""
 
@@ -264,11 +267,11 @@ def decode_request(data: bytes) -> tuple[int, int, Any]:
     return message[0], message[1], _check(message[0], message[2:])
 
 
-def remember(known: dict[bytes, tuple[int, Any]], data: bytes, verb: int, fields: Any) -> None:
+def remember(known: Known, data: bytes, verb: int, fields: Any) -> None:
     """Enter a request that was decoded into `known`, which is `KNOWN` or like it."""
     if data[1:3] == bytes((verb, UINT64)) and len(data) <= KNOWN_BYTES:
         if len(known) >= KNOWN_REQUESTS:
-            known.clear()
+            known.popitem(last=False)  # the oldest; all at once would take a millisecond
         known[data[:3] + data[HEAD.size :]] = verb, fields
         if len(data) not in SPLIT:
             SPLIT[len(data)] = struct.Struct(f"{HEAD.format}{len(data) - HEAD.size}s").unpack_from
