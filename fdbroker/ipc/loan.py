@@ -202,28 +202,34 @@ class Loan:
             del self._session
         except AttributeError:  # a second time, or another thread was first
             return
-        if session.holding is not None or forks.other_threads():
+        if session.holding is not None:
             session.close_loan()
             return
         try:  # what `close_loan` does, written out for the usual case
             received = session.owned
-            for rights in received:
-                any(map(close_number, rights))
-            received.clear()
+            if forks.other_threads():
+                with catching_up, GATE:
+                    owned.close(received)
+            else:
+                for rights in received:
+                    any(map(close_number, rights))
+                received.clear()
             session.thread = 0  # from here on a fork splits it no more
             if session.split:
                 session.end()
                 return
             session.seq = seq = session.seq + 1
-            send, pool = session.send, session.pool
+            send = session.send
             send(pack_head(RETURN_HEAD, seq), SEND_NOW)
-            pool.idle.append(session)
-            if pool.closed:
-                pool.close()
         except BaseException as error:
             session.end()
             if not isinstance(error, OSError):
                 raise
+        else:  # once it is in the pool it may be another thread's
+            pool = session.pool
+            pool.idle.append(session)
+            if pool.closed:
+                pool.close()
 
     def __enter__(self) -> Loan:
         return self
