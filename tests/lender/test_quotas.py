@@ -130,6 +130,34 @@ def test_one_more_may_come_until_too_much_is_in_hand() -> None:
     made.check_one(made.account(0))
 
 
+def test_what_is_being_closed_of_its_entries_is_nothing_in_hand() -> None:
+    made = quotas(descriptors=100)
+    alice = limited(made, ALICE)
+    made.add(alice, "entries", 90)
+    made.add(alice, "closes", FEW + 5)
+    made.add(alice, "closing", 6)
+    made.check_one(alice)
+    made.add(alice, "closing", -1)
+    with pytest.raises(QuotaExceeded):
+        made.check_one(alice)
+
+
+def test_one_more_may_come_whatever_a_rule_says_of_it() -> None:
+    made = quotas()
+    alice = limited(made, ALICE, PLENTY._replace(closes=0))
+    made.check_one(alice)
+    made.add(alice, "closes", FEW)
+    with pytest.raises(QuotaExceeded):
+        made.check_one(alice)
+
+
+def test_one_more_may_come_to_who_may_do_all_also_if_it_gets_no_number() -> None:
+    made = quotas(descriptors=FEW)
+    root = made.account(0)
+    made.add(root, "closes", FEW)
+    made.check_one(root)
+
+
 def test_an_entry_that_is_being_closed_is_one_descriptor() -> None:
     made = quotas(descriptors=100)
     alice = limited(made, ALICE)
