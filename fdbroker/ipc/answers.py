@@ -296,10 +296,16 @@ class Answers(Door):
         else:
             self.rewatch(connection.number, NOTHING, self._leave, connection)
 
+    @abstractmethod
     def _leave(self, connection: Connection, events: int) -> None:
-        """It is gone, and its loan need not wait for what it sent last."""
-        if events & GONE:
-            self.end(connection)
+        """If it is gone, its loan need not wait for what it sent last."""
+
+    def _drop_received(self, connection: Connection) -> None:
+        """What a worker has received from it, and nobody took up."""
+        apart = connection.apart
+        if apart is not None and apart.done and apart.inbox is not None:
+            inbox, apart.inbox = apart.inbox, None
+            self.workers.submit(Discard(inbox.give_away(), connection.account))
 
     def _take_up(self, connection: Connection) -> None:
         """Serve it, if a worker has received something from it, and it may ask on."""

@@ -182,11 +182,16 @@ class Door(Loop):
         Who waits meanwhile is queued by the kernel; who is in, is served.
         """
         self.note_offences(connection, 1)
-        if self._offences >= OFFENCES and not self._shut:
+        if self._offences >= OFFENCES:
             self._offences = 0
+            self.pause_for(REST)
+
+    def pause_for(self, nanoseconds: int) -> None:
+        """Accept nobody meanwhile."""
+        if not self._shut:
             self._pause()
-            self._rest_until = self.now + REST
-            self._resume_after(REST)
+            self._rest_until = max(self._rest_until, self.now + nanoseconds)
+            self._resume_after(nanoseconds)
 
     def note_offences(self, connection: Connection, count: int) -> None:
         """It did what costs as much as so many."""

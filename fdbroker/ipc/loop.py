@@ -24,6 +24,7 @@ LIFETIME = 10**10  # seconds
 LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
 EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation.  And if
 MOST_EVENTS = 1024  # there are more, twice as many: who asks seldom is not to be behind them all
+LONG = SECOND // 1000  # of the loop's own time: a usual request takes a hundredth of that
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
 

@@ -41,6 +41,7 @@ from fdbroker.ipc.connection import (
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard
 from fdbroker.ipc.limits import descriptors_in_use
+from fdbroker.ipc.loop import LONG
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
@@ -137,7 +138,7 @@ class Server(Turns):
                 connection = self._by_slot.get(session.slot)
                 if connection is None or connection.session is not session:
                     continue
-                if self.is_put_off(connection):
+                if self.is_put_off(connection) and not self.draining:
                     self.tell_later(session, seq, error)
                     continue
                 try:
@@ -161,7 +162,7 @@ class Server(Turns):
             self.reply(connection, encode_error(seq, error))
 
     def _finish_jobs(self, about: None, events: int) -> None:
-        self.workers.finish(self)
+        self.workers.finish(self, LONG)
 
     # --- sessions ---
 
@@ -337,7 +338,9 @@ class Server(Turns):
             del self._connections[connection.number]
             self._hang_up(connection)
             self._drop_unsent(connection)
+            self._drop_received(connection)
             self._note_unread(connection, 0)
+            self.forget_turn(connection)
         if (session := connection.session).state == FREE:
             return
         self.lender.clear(session, self.now)

@@ -2,22 +2,25 @@
 
 Of each uid that is held to a quota one request is taken up, then one of the next.  Who has one take
 long is put off for some times as long afterwards, unless nobody else is there: so the others have
-most of the time, however often that one asks.  Both what it asks and what it is to be told wait.
+most of the time, however often that one asks.  Both what it asks and what it is to be told wait;
+only its end does not.
 
 A request is long by what it says, such as thousands of names, or by what the kernel does for it in
 our thread: of each message it tells every epoll that watches the client's end of the session
-(epoll(7)), and there can be a hundred thousand.
+(epoll(7)), and there can be a hundred thousand.  Whatever can be long, for whomever, is followed by
+a turn of the others.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from time import thread_time_ns
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.ipc.answers import NOTHING, Answers
-from fdbroker.ipc.connection import ENDED
-from fdbroker.lender.books import SECOND
+from fdbroker.ipc.answers import EMPTIED, GONE, NOTHING, Answers
+from fdbroker.ipc.connection import ENDED, UNREAD
+from fdbroker.ipc.loop import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
     from fdbroker.lender.parts import Session
     from fdbroker.lender.quotas import Account
 
-LONG = SECOND // 1000  # of our thread's own time; a usual request takes a hundredth of that
-OTHERS = 8  # times as long as it has taken belongs to the others
+OTHERS = 8  # times as long as one has taken belongs to the others
+DECISION = 10_000  # nanoseconds of a request that are not its own, for each who waited for it
 UNWATCHED: tuple[Any, Any] = None, None
 
 
@@ -42,8 +45,9 @@ class Turns(Answers):
         super().__init__(listener, lender)
         self._served_last: set[Account] = set()
         self._put_off: dict[int, int] = {}  # uids, and until when
-        self._unheard: set[Connection] = set()  # which are put off and have said something, ...
-        self._untold: list[tuple[Session, int, FDBrokerError | None]] = []  # ... or are to be told
+        self._unheard: dict[int, dict[Connection, None]] = {}  # of these, who has said something
+        self._untold: list[tuple[Session, int, FDBrokerError | None]] = []  # what they are to hear
+        self._gone: deque[Connection] = deque()  # who ended meanwhile
 
     @abstractmethod
     def _serve(self, connection: Connection, events: int) -> None:
@@ -56,13 +60,10 @@ class Turns(Answers):
     def _serve_in_turn(self, connection: Connection, events: int) -> None:
         """As `_serve`, but for who is put off."""
         if self.is_put_off(connection):
-            self._unheard.add(connection)
+            self._hear_later(connection)
             self.rewatch(connection.number, NOTHING, self._leave, connection)
         else:
             self.in_time(connection, self._serve, connection, events)
-
-    def _send_unsent(self, connection: Connection, events: int) -> None:
-        self.in_time(connection, super()._send_unsent, connection, events)
 
     def in_turn(self, happened: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """One request of each uid that is held to a quota, and all of the others.
@@ -95,16 +96,26 @@ class Turns(Answers):
     def in_time(self, connection: Connection, act: Callable[..., None], *about: Any) -> None:
         """Do that for it, and see how much of our time it takes.
 
-        Not by the clock: that we were not running is nobody's fault.
+        Not by the clock: that we were not running is nobody's fault.  What it does for those who
+        waited for it is theirs.
         """
-        begun = thread_time_ns()
+        begun, decided = thread_time_ns(), len(self.lender.decisions)
         act(*about)
-        took = thread_time_ns() - begun
+        took = thread_time_ns() - begun - DECISION * (len(self.lender.decisions) - decided)
         account = connection.account
         others = self.lender.quotas.total.sessions > account.sessions
         if took > LONG and account.limited and others:
-            self._put_off[account.uid] = self.now + took + OTHERS * took
+            since = max(self.now, self._put_off.get(account.uid, 0))
+            self._put_off[account.uid] = since + took + OTHERS * took
             self._set_alarm()
+
+    def _accept(self, about: None, events: int) -> None:
+        """The same for who comes; then others may not come either."""
+        begun = thread_time_ns()
+        super()._accept(about, events)
+        took = thread_time_ns() - begun
+        if took > LONG:
+            self.pause_for(took + OTHERS * took)
 
     def is_put_off(self, connection: Connection) -> bool:
         """Whether it is the others' time."""
@@ -114,6 +125,21 @@ class Turns(Answers):
         """Keep a decision for one who is put off."""
         self._untold.append((session, seq, error))
 
+    def _hear_later(self, connection: Connection) -> None:
+        self._unheard.setdefault(connection.account.uid, {})[connection] = None
+
+    def _send_unsent(self, connection: Connection, events: int) -> None:
+        if self.is_put_off(connection) and not events & GONE:
+            self._hear_later(connection)
+        else:
+            self.in_time(connection, super()._send_unsent, connection, events)
+
+    def _leave(self, connection: Connection, events: int) -> None:
+        """It is gone: soon, since many can go at once."""
+        if events & GONE:
+            self._gone.append(connection)
+            self._set_alarm()
+
     def ring(self) -> None:
         """Also: the others have had their time."""
         over = [uid for uid, until in self._put_off.items() if until <= self.now]
@@ -122,15 +148,39 @@ class Turns(Answers):
         if over:
             self.lender.decisions.extend(self._untold)  # who is still put off, is so again
             self._untold.clear()
-            unheard, self._unheard = self._unheard, set()
-            for connection in unheard:
-                if connection.state != ENDED:
-                    self.listen(connection)
-                    self._take_up(connection)
+            self.settle()
+        for uid in [uid for uid in self._unheard if uid not in self._put_off]:
+            self._hear_one(uid)
+        if self._gone:
+            connection = self._gone.popleft()
+            if connection.state != ENDED:
+                self.in_time(connection, self.end, connection)
         super().ring()
+
+    def _hear_one(self, uid: int) -> None:
+        """One of its connections, since after that it may be put off again."""
+        unheard = self._unheard[uid]
+        connection, _ = unheard.popitem()
+        if not unheard:
+            del self._unheard[uid]
+        if connection.state == UNREAD:
+            self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
+        else:
+            self.listen(connection)
+            self._take_up(connection)
+
+    def forget_turn(self, connection: Connection) -> None:
+        """It has ended, so it is not to be heard any more."""
+        uid = connection.account.uid
+        if (unheard := self._unheard.get(uid)) is not None:
+            unheard.pop(connection, None)
+            if not unheard:
+                del self._unheard[uid]
 
     def _set_alarm(self) -> None:
         super()._set_alarm()
-        if self._put_off:
-            first = min(self._put_off.values())
-            self.alarm = min(self.alarm or first, first)
+        at = min(self._put_off.values(), default=0)
+        if self._gone or self._unheard.keys() - self._put_off.keys():
+            at = self.now
+        if at:
+            self.alarm = min(self.alarm or at, at)

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from contextlib import suppress
 from queue import SimpleQueue
-from time import monotonic
+from time import monotonic, thread_time_ns
 from typing import TYPE_CHECKING
 
 from fdbroker.lender.quotas import half
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 THREADS = 4  # that look, and as many that close
 MOST_THREADS = 64  # in each lane, if so many are stuck
 LOOKING, CLOSING, RECEIVING = "look", "close", "receive"
-LANES = {LOOKING: THREADS, CLOSING: THREADS, RECEIVING: 1}  # of a uid one message at a time
+LANES = {LOOKING: THREADS, CLOSING: THREADS, RECEIVING: 2}  # of a uid one message at a time
 APART = ""  # a thread of its own, for what may hang and is the broker's own: the end never waits
 END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
 
@@ -161,13 +161,18 @@ class Workers:
             self.awaited += job.awaited
             self._lanes[job.lane].put(job)
 
-    def finish(self, server: Server) -> None:
-        """On the loop: finish the jobs that are back.  A mistake in one is no other's."""
+    def finish(self, server: Server, long: int) -> None:
+        """On the loop: finish the jobs that are back; those after one that takes more than so many
+        nanoseconds of its time, when others had a turn.  A mistake in one is no other's."""
         try:
             os.eventfd_read(self.wake)
         except BlockingIOError:
             return
+        begun = thread_time_ns()
         while self._done:
+            if thread_time_ns() - begun > long:
+                os.eventfd_write(self.wake, 1)
+                return
             job = self._done.popleft()
             if job.lane == APART:
                 self.apart -= 1

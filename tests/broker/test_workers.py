@@ -21,7 +21,7 @@ import fdbroker
 from fdbroker.errors import BrokerGone, CloseFailed, RetireTimeout
 from fdbroker.ipc.jobs import Discard
 from fdbroker.ipc.messages import EPHEMERAL, READONLY
-from fdbroker.ipc.workers import THREADS, Job, Lane
+from fdbroker.ipc.workers import LANES, THREADS, Job, Lane
 from fdbroker.lender.quotas import Account
 
 from .planted import broker_with
@@ -367,3 +367,8 @@ def test_a_drain_does_not_wait_for_what_nobody_asked_for(tmp_path, stuck, before
         wait_until(lambda: client.stats()["jobs"] == 1)
         begun = time.monotonic()
     assert time.monotonic() - begun < SOON
+
+
+def test_no_lane_begins_with_one_thread() -> None:
+    """Of which one uid could have all."""
+    assert min(LANES.values()) >= 2

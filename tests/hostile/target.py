@@ -82,6 +82,11 @@ uid = {BOB}
 names = ["public/*", "bob/*"]
 verbs = ["borrow", "put", "retire", "list"]
 
+[[rule]]  # nobody, but so the groups of everybody are looked at
+gid = 64_029
+names = ["staff/*"]
+verbs = ["borrow"]
+
 [[rule]]  # the good client
 uid = {CAROL}
 names = ["good/*"]

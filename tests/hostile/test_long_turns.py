@@ -16,6 +16,7 @@ FAIR = 4  # times as many answers has the good client, at least, though it makes
 WATCHES = 40_000  # of one session
 FILES = 2_000  # numbers of one file, which an epoll may watch each
 NAMED = 3_000
+GROUPS = 65_000  # NGROUPS_MAX is 65,536
 
 
 def outlast(target: Target, prepare: Callable[[Raw], None], names: object) -> None:
@@ -55,6 +56,21 @@ def test_many_epolls_watch_its_own_end(target: Target) -> None:
                 watcher.register(number, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
 
     outlast(target, watch, "public/memory")
+
+
+def test_it_comes_again_and_again_with_very_many_groups(target: Target) -> None:
+    """Which are looked at, since there is a rule for a group."""
+
+    def run() -> int:
+        become(ALICE, groups=tuple(range(100_000, 100_000 + GROUPS)))
+        before = target.good.answers
+        for _ in range(ASKED):
+            Raw(target.address, puts=False).sock.close()
+        return target.good.answers - before
+
+    answers = start_fork(run)()
+    print(f"\n{ASKED} times, {answers} answers to the good client")
+    assert answers > FAIR * ASKED
 
 
 def test_it_names_thousands(target: Target) -> None:

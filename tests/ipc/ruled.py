@@ -94,6 +94,11 @@ class Ruled:
             with memory() as number:
                 self.client.put(name, number)
 
+    def drain(self) -> None:
+        """It lends nothing new from now on, and ends when all is back."""
+        self._control.send(pickle.dumps(None))
+        assert self._hear() is None
+
     def log(self) -> list[str]:
         """Its lines so far."""
         self._log.seek(0)
@@ -150,6 +155,10 @@ def serve(address: str, control: socket.socket) -> None:
             server.drain(0)
             return
         rules = pickle.loads(data)
+        if rules is None:
+            server.drain(PATIENCE)
+            control.send(data)
+            return
         if isinstance(rules, int):
             lender.quotas.descriptors = rules
             control.send(data)

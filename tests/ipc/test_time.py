@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import os
+import re
 import select
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import thread_time_ns
 
 import pytest
-from ruled import ALICE, BOB, Ruled, ask_as, put, rule, session_as
+from ruled import ALICE, BOB, Ruled, ask_as, memory, put, rule, session_as
 from support import (
     BORROW,
     CANCEL,
+    HELLO,
     MORE,
     PUT,
     RETURN,
     SHARED,
     Raw,
+    become,
     cpu_seconds,
     in_fork,
     stopped,
+    targets,
     wait_until,
 )
 
 import fdbroker
-from fdbroker.ipc import turns
+from fdbroker.errors import BrokerClosing
+from fdbroker.ipc import jobs, turns
+from fdbroker.ipc.connection import Connection
+from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.messages import VERSION, encode
+from fdbroker.ipc.server import Server
+from fdbroker.lender import Ledger, Lender
+from fdbroker.lender.parts import Peer
+from fdbroker.lender.quotas import DEFAULT
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
@@ -34,11 +49,18 @@ ONCE = 60  # times as long as it takes: in which a test can look, and which ends
 FOR_EVER = 10**9
 
 
-def ruled_with(others: int) -> Iterator[Ruled]:
-    def plant() -> None:
-        turns.OTHERS = others
+def plant(others: int) -> None:
+    """What is done in the broker before it serves."""
+    turns.OTHERS = others
+    del turns.Turns._accept  # so that nobody is kept out for ever, by whatever chance
 
-    with Ruled(plant=plant) as ruled:
+
+def ruled_with(others: int, more: Callable[[], object] = lambda: None) -> Iterator[Ruled]:
+    def both() -> None:
+        plant(others)
+        more()
+
+    with Ruled(plant=both) as ruled:
         everything = [rule(*VERBS, uid=uid, names=("*", "")) for uid in (ALICE, BOB)]
         ruled.set_rules(*everything)
         ruled.put("x", "y")
@@ -129,6 +151,151 @@ def test_what_a_worker_has_received_meanwhile(ruled: Ruled) -> None:
         assert message is not None
         assert message[:2] == [0, 1]
         has_all(one, 1)
+
+
+@pytest.fixture
+def hindered(tmp_path: Path) -> Iterator[Ruled]:
+    """As `patient`; and its threads receive nothing before somebody opens a fifo, `go`."""
+    os.mkfifo(tmp_path / "go")
+
+    def hinder() -> None:
+        receive = jobs.Receive.run
+
+        def wait_first(job: jobs.Receive) -> None:
+            with open(tmp_path / "go"):
+                receive(job)
+
+        jobs.Receive.run = wait_first  # type: ignore[method-assign]
+
+    yield from ruled_with(FOR_EVER, hinder)
+
+
+def test_what_a_worker_has_received_of_who_goes_is_closed(hindered: Ruled, tmp_path: Path) -> None:
+    hindered.set_rules(rule(*VERBS, uid=ALICE, names=("*", ""))._replace(quota=(("closes", 2),)))
+    with session_as(hindered.address, ALICE) as one, memory() as number:
+        hindered.client.stats()
+        before = targets(hindered.pid)
+        with session_as(hindered.address, ALICE, puts=True) as puts:
+            puts.send(PUT, 1, "new", 0, fds=[number])
+            wait_until(lambda: hindered.client.stats()["jobs"])
+            take_long(one)
+            with open(tmp_path / "go", "w"):
+                wait_until(lambda: not hindered.client.stats()["jobs"])
+            assert puts.is_silent(hindered.client)
+        wait_until(lambda: targets(hindered.pid) == before)
+        (used,) = [usage.used for usage in hindered.client.usage() if usage.uid == ALICE]
+        assert used["closes"] == 0
+
+
+def test_what_waited_until_it_had_read_waits_on(ruled: Ruled) -> None:
+    with session_as(ruled.address, ALICE) as one, session_as(ruled.address, ALICE) as other:
+        other.send(BORROW, 1, "y", *SHARED)
+        other.send(RETURN, 2)
+        other.send(BORROW, 3, "y", *SHARED)
+        wait_until(lambda: [loan.id.split(".")[1] for loan in ruled.client.loans()] == ["3"])
+        take_long(one)
+        is_lent(other, 1)
+        assert other.is_silent(ruled.client)
+        is_lent(other, 3)
+
+
+def test_what_it_is_told_later_comes_before_what_it_asked_meanwhile(ruled: Ruled) -> None:
+    """Also if it should not have asked yet."""
+    with (
+        session_as(ruled.address, ALICE) as one,
+        session_as(ruled.address, ALICE) as other,
+        session_as(ruled.address, BOB) as bobs,
+    ):
+        bobs.send(BORROW, 1, "y", *EXCLUSIVE)
+        is_lent(bobs, 1)
+        other.send(BORROW, 1, "y", *EXCLUSIVE)
+        wait_until(lambda: ruled.client.stats()["waiting"])
+        take_long(one)
+        bobs.send(RETURN, 2)
+        other.send(RETURN, 2)
+        other.send(BORROW, 3, "x", *SHARED)
+        assert other.is_silent(ruled.client)
+        is_lent(other, 1)
+        is_lent(other, 3)
+
+
+def test_a_drain_tells_it_too() -> None:
+    with Ruled(plant=lambda: plant(FOR_EVER)) as ruled:
+        ruled.set_rules(rule(*VERBS, uid=ALICE))
+        ruled.put("x", "y")
+        with session_as(ruled.address, ALICE) as other, ruled.client.borrow("y"):
+            with session_as(ruled.address, ALICE) as one:
+                other.send(BORROW, 1, "y", *EXCLUSIVE)
+                wait_until(lambda: ruled.client.stats()["waiting"])
+                take_long(one)
+            wait_until(lambda: ruled.client.stats()["loans"] == 1)
+            ruled.drain()
+            assert other.receive() == ([BrokerClosing.code, 1], [])
+
+
+def test_who_comes_and_goes_meanwhile_is_forgotten(patient: Ruled) -> None:
+    def come_and_go(times: int) -> None:
+        become(ALICE)
+        for _ in range(times):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(patient.address)
+                sock.send(encode([HELLO, 0, VERSION, False]))
+
+    with session_as(patient.address, ALICE) as one:
+        take_long(one)
+        in_fork(lambda: come_and_go(500))
+        before = memory_of(patient.pid)
+        in_fork(lambda: come_and_go(5000))
+        assert memory_of(patient.pid) - before < 1 << 20
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of its own."""
+    (found,) = re.findall(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found) << 10
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    sizes = 8, 8, 8
+    ledger = Ledger(memoryview(bytearray(Ledger.size(*sizes))), *sizes)
+    made = Server(Listener(str(tmp_path / "socket")), Lender(ledger))
+    yield made
+    made.close()
+
+
+def work(milliseconds: float) -> None:
+    """Use a CPU."""
+    end = thread_time_ns() + int(milliseconds * 1e6)
+    while thread_time_ns() < end:
+        pass
+
+
+def test_what_it_takes_adds_up(server: Server) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        connection = Connection(sock, Peer(ALICE, ALICE, 1), server.lender.quotas)
+        connection.account.hold_to(DEFAULT)
+        server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
+        server.in_time(connection, work, 20)
+        first = server._put_off[ALICE]
+        server.in_time(connection, work, 2)
+        assert server._put_off[ALICE] - first >= 2e6 * (1 + turns.OTHERS)
+
+
+def test_what_is_done_for_those_who_waited_is_theirs(server: Server) -> None:
+    def give_back(waiting: int) -> None:
+        work(3)
+        session = server.lender.open(Peer(BOB, BOB, 1))
+        server.lender.decisions.extend([(session, 1, None)] * waiting)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        connection = Connection(sock, Peer(ALICE, ALICE, 1), server.lender.quotas)
+        connection.account.hold_to(DEFAULT)
+        server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
+        server.in_time(connection, give_back, 1000)
+        assert not server._put_off
+        server.in_time(connection, give_back, 1)
+        assert server._put_off
 
 
 def test_what_it_is_granted_meanwhile_it_gets_later(ruled: Ruled) -> None:
