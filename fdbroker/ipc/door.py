@@ -191,7 +191,7 @@ class Door(Loop):
         if not self._shut:
             self._pause()
             self._rest_until = max(self._rest_until, self.now + nanoseconds)
-            self._resume_after(nanoseconds)
+            self._resume_after(self._rest_until - self.now)
 
     def note_offences(self, connection: Connection, count: int) -> None:
         """It did what costs as much as so many."""

@@ -7,7 +7,10 @@ import resource
 import select
 from collections.abc import Callable
 
+import pytest
 from support import BORROW, RETURN, SHARED, Raw, start_fork
+
+from fdbroker.ipc.door import OFFENCES
 
 from .target import ALICE, Target, become
 
@@ -71,6 +74,25 @@ def test_it_comes_again_and_again_with_very_many_groups(target: Target) -> None:
     answers = start_fork(run)()
     print(f"\n{ASKED} times, {answers} answers to the good client")
     assert answers > FAIR * ASKED
+
+
+@pytest.mark.usefixtures("shared_target")  # which skips where this is not root
+def test_it_comes_with_very_many_groups_and_breaks_the_rules() -> None:
+    """For either nobody is let in for a while; after the longer one it goes on."""
+
+    def run() -> int:
+        become(ALICE, groups=tuple(range(100_000, 100_000 + GROUPS)))
+        for _ in range(2 * OFFENCES):
+            with Raw(target.address, hello=False) as raw:
+                raw.send_bytes(b"?")
+                while raw.receive()[0] is not None:
+                    pass
+        return 2 * OFFENCES
+
+    with Target(rests=True) as target:
+        target.good.puts = False  # what it gives back would have the broker look whether it may
+        with target.unharmed():
+            assert start_fork(run)() == 2 * OFFENCES
 
 
 def test_it_names_thousands(target: Target) -> None:
