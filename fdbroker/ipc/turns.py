@@ -53,6 +53,10 @@ class Turns(Answers):
     def _serve(self, connection: Connection, events: int) -> None:
         """Receive a message, and act upon it."""
 
+    @abstractmethod
+    def _finish_jobs(self, about: None, events: int) -> None:
+        """Workers have done something."""
+
     def serving(self, connection: Connection) -> Action:
         """What to do when it can be received from."""
         return self._serve_in_turn if connection.account.limited else self._serve
@@ -70,23 +74,25 @@ class Turns(Answers):
 
         So who keeps many sessions busy is ahead of nobody by more than one of each batch (`EVENTS`)
         that epoll hands out.  First come those of whom nothing was taken up the last time, last who
-        wants to come in.
+        wants to come in, what waited until it was read, and what workers have done.
         """
         now: list[tuple[int, int]] = []
         later: list[tuple[int, int]] = []
         served: set[Account] = set()
+        serve, last = self._serve_in_turn, (self._accept, self._send_unsent, self._finish_jobs)
         for event in happened:
             action, about = self._watched.get(event[0], UNWATCHED)
-            if action == self._accept or action == self._send_unsent:
-                later.append(event)
-                continue
-            if action == self._serve_in_turn and not self.is_put_off(about):
-                if about.account in served:
+            if action == serve and not self.is_put_off(about):
+                account = about.account
+                if account in served:
                     continue
-                served.add(about.account)
-                if about.account in self._served_last:
+                served.add(account)
+                if account in self._served_last:
                     later.append(event)
                     continue
+            elif action in last:
+                later.append(event)
+                continue
             now.append(event)
         self._served_last = served
         return now + later
@@ -179,8 +185,7 @@ class Turns(Answers):
 
     def _set_alarm(self) -> None:
         super()._set_alarm()
-        at = min(self._put_off.values(), default=0)
-        if self._gone or self._unheard.keys() - self._put_off.keys():
-            at = self.now
-        if at:
+        if self._gone or self._unheard or self._put_off:
+            due = self._gone or self._unheard.keys() - self._put_off.keys()
+            at = self.now if due else min(self._put_off.values())
             self.alarm = min(self.alarm or at, at)
