@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.table import table
 from fdbroker.cli import COMMANDS, loans, ls, stats
 from fdbroker.cli.status import MEANINGS
 from fdbroker.ipc.client import EntryInfo, LoanInfo, Usage
@@ -136,3 +137,9 @@ def test_the_program_in_the_readme_runs(tmp_path: Path) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "last").glob("*.json")), ids=str)
+def test_the_tables_of_the_benchmarks_are_those_of_their_rounds(file: Path) -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert table(json.loads(file.read_text())) in page, f"python -m benchmarks table {file}"

@@ -166,7 +166,7 @@ class Server(Turns):
 
     # --- sessions ---
 
-    def begin(self, connection: Connection) -> None:
+    def admit(self, connection: Connection) -> None:
         """It has come: serve it.  `NotPermitted`, `QuotaExceeded`; OSError: max_user_watches."""
         self._admission.look_at(connection)
         self._admission.check_come(connection)

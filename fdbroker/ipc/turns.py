@@ -54,6 +54,10 @@ class Turns(Answers):
         """Receive a message, and act upon it."""
 
     @abstractmethod
+    def admit(self, connection: Connection) -> None:
+        """As `Door.begin`."""
+
+    @abstractmethod
     def _finish_jobs(self, about: None, events: int) -> None:
         """Workers have done something."""
 
@@ -115,13 +119,15 @@ class Turns(Answers):
             self._put_off[account.uid] = since + took + OTHERS * took
             self._set_alarm()
 
-    def _accept(self, about: None, events: int) -> None:
+    def begin(self, connection: Connection) -> None:
         """The same for who comes; then others may not come either."""
         begun = thread_time_ns()
-        super()._accept(about, events)
-        took = thread_time_ns() - begun
-        if took > LONG:
-            self.pause_for(took + OTHERS * took)
+        try:
+            self.admit(connection)
+        finally:
+            took = thread_time_ns() - begun
+            if took > LONG and not connection.rights.unlimited:
+                self.pause_for(took + OTHERS * took)
 
     def is_put_off(self, connection: Connection) -> bool:
         """Whether it is the others' time."""

@@ -52,7 +52,7 @@ FOR_EVER = 10**9
 def plant(others: int) -> None:
     """What is done in the broker before it serves."""
     turns.OTHERS = others
-    del turns.Turns._accept  # so that nobody is kept out for ever, by whatever chance
+    turns.Turns.begin = Server.admit  # so that nobody is kept out for ever, by whatever chance
 
 
 def ruled_with(others: int, more: Callable[[], object] = lambda: None) -> Iterator[Ruled]:
