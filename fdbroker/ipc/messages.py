@@ -59,7 +59,7 @@ REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
 UINT64 = 0xCF  # msgpack's
-KNOWN_REQUESTS = 4096  # that a broker remembers, each of at most so many bytes:
+KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
 KNOWN_BYTES = 256
 UINT16 = 0xCD
 GRANT = struct.Struct(">3sQ7sQ")  # the reply to BORROW and MORE, in msgpack's widest forms:
@@ -271,7 +271,7 @@ def remember(known: Known, data: bytes, verb: int, fields: Any) -> None:
     """Enter a request that was decoded into `known`, which is `KNOWN` or like it."""
     if data[1:3] == bytes((verb, UINT64)) and len(data) <= KNOWN_BYTES:
         if len(known) >= KNOWN_REQUESTS:
-            known.popitem(last=False)  # the oldest; all at once would take a millisecond
+            known.popitem(last=False)  # the oldest; all at once would take long
         known[data[:3] + data[HEAD.size :]] = verb, fields
         if len(data) not in SPLIT:
             SPLIT[len(data)] = struct.Struct(f"{HEAD.format}{len(data) - HEAD.size}s").unpack_from

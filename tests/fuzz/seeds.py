@@ -96,7 +96,7 @@ def _hard_cases() -> Iterator[tuple[str, Input]]:
     for purpose, junk in ((0, 0), (39, 0), (39, 1), (40, 0), (40, 1), (40, 9), (41, 0), (41, 1)):
         sizes = Step(steps.MANY, 0, ANSWERED, (*EXACT, 0, purpose, junk))
         yield f"size-{purpose}-{junk}", Input(0, [sizes])
-    yield "flood", Input(0, [Step(steps.FLOOD, 0, ANSWERED, (4200,))])
+    yield "flood", Input(0, [Step(steps.FLOOD, 0, ANSWERED, (1100,))])
     yield (
         "turns",
         Input(0, [alone, *[request(BORROW, ["a", f, t, ""], client=1) for f, t in WAITS], back]),
