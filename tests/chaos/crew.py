@@ -104,6 +104,9 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
 
 
+INTERRUPTS = signal.SIGINT, signal.SIGTERM
+
+
 class Crew:
     """The actors at work, by pid."""
 
@@ -116,16 +119,20 @@ class Crew:
         self._board = board
         gc.collect()
         sys.stdout.flush()
+        # an interrupt within a hook of os.fork would be printed, and be lost (register_at_fork)
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         for index, actor in enumerate(actors):
 
             def work(index: int = index, actor: Actor = actor) -> None:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the crew is told by the board
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
                 become(actor.role)
                 cast = CASTS[actor.role](actor, index, broker.address, board, expected)
                 if not cast.run():
                     os._exit(TOLD)
 
             self.working[fork(work)] = index, actor
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
     def reap(self) -> None:
         """Look who has ended: an actor, or an orphan of one."""
