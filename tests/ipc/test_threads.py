@@ -283,9 +283,10 @@ def test_a_socket_that_is_made_while_another_thread_closes_the_loan_is_closed_to
 THREADS_BEHIND = """
 import os, sys, threading
 go_on = threading.Event()
+def start_one():
+    threading.Thread(target=go_on.wait, daemon=True).start()
 if sys.argv[1] == "hook":  # which comes before ours, as it is there before
-    thread = threading.Thread(target=go_on.wait, daemon=True)
-    os.register_at_fork(after_in_child=thread.start)
+    os.register_at_fork(after_in_child=start_one)
 import fdbroker
 from fdbroker.ipc import forks
 idle = [threading.Thread(target=go_on.wait, daemon=True) for _ in range(3)]
