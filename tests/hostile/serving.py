@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse  # noqa: F401 - these another uid may not read
 import encodings.idna  # noqa: F401
+import grp  # noqa: F401
 import json
 import os
 import resource
