@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import pickle
+import re
 import select
 import signal
 import socket
@@ -18,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -80,6 +82,12 @@ def cpu_seconds(pid: int) -> float:
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of a process's own, file pages and shared libraries apart."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(found) << 10 for found in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status))
 
 
 def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> None:

@@ -112,9 +112,10 @@ class Turns(Answers):
         begun, decided = thread_time_ns(), len(self.lender.decisions)
         act(*about)
         took = thread_time_ns() - begun - DECISION * (len(self.lender.decisions) - decided)
+        if took <= LONG:
+            return
         account = connection.account
-        others = self.lender.quotas.total.sessions > account.sessions
-        if took > LONG and account.limited and others:
+        if account.limited and self.lender.quotas.total.sessions > account.sessions:
             since = max(self.now, self._put_off.get(account.uid, 0))
             self._put_off[account.uid] = since + took + OTHERS * took
             self._set_alarm()
@@ -171,10 +172,8 @@ class Turns(Answers):
 
     def _hear_one(self, uid: int) -> None:
         """One of its connections, since after that it may be put off again."""
-        unheard = self._unheard[uid]
-        connection, _ = unheard.popitem()
-        if not unheard:
-            del self._unheard[uid]
+        connection = next(reversed(self._unheard[uid]))
+        self.forget_turn(connection)
         if connection.state == UNREAD:
             self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
         else:
@@ -182,7 +181,7 @@ class Turns(Answers):
             self._take_up(connection)
 
     def forget_turn(self, connection: Connection) -> None:
-        """It has ended, so it is not to be heard any more."""
+        """It is heard now, or has ended."""
         uid = connection.account.uid
         if (unheard := self._unheard.get(uid)) is not None:
             unheard.pop(connection, None)

@@ -21,7 +21,6 @@ import ctypes
 import json
 import mmap
 import os
-import re
 import shutil
 import signal
 import socket
@@ -39,6 +38,7 @@ from support import (
     become,
     can_refuse_descriptors,
     cpu_seconds,
+    memory_of,
     start_fork,
     targets,
     wait_until,
@@ -165,9 +165,8 @@ class Target:
     # --- what it looks like ---
 
     def memory(self) -> int:
-        """Bytes of its own, file pages and shared libraries apart."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return sum(int(found) << 10 for found in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", status))
+        """See `memory_of`."""
+        return memory_of(self.pid)
 
     def cpu_seconds(self) -> float:
         """That it has used so far."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from support import (
     become,
     cpu_seconds,
     in_fork,
+    memory_of,
     stopped,
     targets,
     wait_until,
@@ -101,6 +101,14 @@ def is_lent(raw: Raw, seq: int) -> None:
     os.close(number)
     assert message is not None
     assert message[:4] == [0, seq, 1, 1]
+
+
+def wait_behind(ruled: Ruled, first: Raw, second: Raw) -> None:
+    """The first has y, and the second waits for it."""
+    first.send(BORROW, 1, "y", *EXCLUSIVE)
+    is_lent(first, 1)
+    second.send(BORROW, 1, "y", *EXCLUSIVE)
+    wait_until(lambda: ruled.client.stats()["waiting"])
 
 
 def test_no_session_of_its_uid_is_served_and_all_others_are(patient: Ruled) -> None:
@@ -206,10 +214,7 @@ def test_what_it_is_told_later_comes_before_what_it_asked_meanwhile(ruled: Ruled
         session_as(ruled.address, ALICE) as other,
         session_as(ruled.address, BOB) as bobs,
     ):
-        bobs.send(BORROW, 1, "y", *EXCLUSIVE)
-        is_lent(bobs, 1)
-        other.send(BORROW, 1, "y", *EXCLUSIVE)
-        wait_until(lambda: ruled.client.stats()["waiting"])
+        wait_behind(ruled, bobs, other)
         take_long(one)
         bobs.send(RETURN, 2)
         other.send(RETURN, 2)
@@ -249,12 +254,6 @@ def test_who_comes_and_goes_meanwhile_is_forgotten(patient: Ruled) -> None:
         assert memory_of(patient.pid) - before < 1 << 20
 
 
-def memory_of(pid: int) -> int:
-    """Bytes of its own."""
-    (found,) = re.findall(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found) << 10
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     sizes = 8, 8, 8
@@ -264,6 +263,17 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.close()
 
 
+@pytest.fixture
+def connection(server: Server) -> Iterator[Connection]:
+    """Of one who is held to a quota, and is not alone there."""
+    quotas = server.lender.quotas
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        made = Connection(sock, Peer(ALICE, ALICE, 1), quotas)
+        made.account.hold_to(DEFAULT)
+        quotas.add(quotas.account(BOB), "sessions")
+        yield made
+
+
 def work(milliseconds: float) -> None:
     """Use a CPU."""
     end = thread_time_ns() + int(milliseconds * 1e6)
@@ -271,31 +281,25 @@ def work(milliseconds: float) -> None:
         pass
 
 
-def test_what_it_takes_adds_up(server: Server) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        connection = Connection(sock, Peer(ALICE, ALICE, 1), server.lender.quotas)
-        connection.account.hold_to(DEFAULT)
-        server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
-        server.in_time(connection, work, 20)
-        first = server._put_off[ALICE]
-        server.in_time(connection, work, 2)
-        assert server._put_off[ALICE] - first >= 2e6 * (1 + turns.OTHERS)
+def test_what_it_takes_adds_up(server: Server, connection: Connection) -> None:
+    server.in_time(connection, work, 20)
+    first = server._put_off[ALICE]
+    server.in_time(connection, work, 2)
+    assert server._put_off[ALICE] - first >= 2e6 * (1 + turns.OTHERS)
 
 
-def test_what_is_done_for_those_who_waited_is_theirs(server: Server) -> None:
+def test_what_is_done_for_those_who_waited_is_theirs(
+    server: Server, connection: Connection
+) -> None:
     def give_back(waiting: int) -> None:
         work(3)
         session = server.lender.open(Peer(BOB, BOB, 1))
         server.lender.decisions.extend([(session, 1, None)] * waiting)
 
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        connection = Connection(sock, Peer(ALICE, ALICE, 1), server.lender.quotas)
-        connection.account.hold_to(DEFAULT)
-        server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
-        server.in_time(connection, give_back, 1000)
-        assert not server._put_off
-        server.in_time(connection, give_back, 1)
-        assert server._put_off
+    server.in_time(connection, give_back, 1000)
+    assert not server._put_off
+    server.in_time(connection, give_back, 1)
+    assert server._put_off
 
 
 def test_what_it_is_granted_meanwhile_it_gets_later(ruled: Ruled) -> None:
@@ -304,10 +308,7 @@ def test_what_it_is_granted_meanwhile_it_gets_later(ruled: Ruled) -> None:
         session_as(ruled.address, ALICE) as other,
         session_as(ruled.address, BOB) as bobs,
     ):
-        bobs.send(BORROW, 1, "y", *EXCLUSIVE)
-        is_lent(bobs, 1)
-        other.send(BORROW, 1, "y", *EXCLUSIVE)
-        wait_until(lambda: ruled.client.stats()["waiting"])
+        wait_behind(ruled, bobs, other)
         take_long(one)
         bobs.send(RETURN, 2)
         wait_until(lambda: not ruled.client.stats()["waiting"])
@@ -318,10 +319,7 @@ def test_what_it_is_granted_meanwhile_it_gets_later(ruled: Ruled) -> None:
 def test_who_goes_before_it_is_told_has_returned_its_loan(patient: Ruled) -> None:
     with session_as(patient.address, ALICE) as one, session_as(patient.address, BOB) as bobs:
         with session_as(patient.address, ALICE) as other:
-            bobs.send(BORROW, 1, "y", *EXCLUSIVE)
-            is_lent(bobs, 1)
-            other.send(BORROW, 1, "y", *EXCLUSIVE)
-            wait_until(lambda: patient.client.stats()["waiting"])
+            wait_behind(patient, bobs, other)
             take_long(one)
             bobs.send(RETURN, 2)
             wait_until(lambda: not patient.client.stats()["waiting"])
