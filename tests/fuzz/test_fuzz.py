@@ -121,6 +121,32 @@ def test_without_atheris_bytes_are_changed_by_chance() -> None:
     assert "90 inputs, nothing found" in done.stdout
 
 
+def test_time_that_passes_in_an_input_is_past_for_the_next_one() -> None:
+    """The broker's clock never goes back, and what was to be done by then would be long after."""
+    made = dict(seeds.seeds())
+    again = made["turned-away-often"]
+    target = Target()
+    try:
+        for an_hour in (list(made["time"].steps), []):
+            target.play(steps.Input(0, [*an_hour, *again.steps]))
+    finally:
+        target.close()
+
+
+def test_who_is_put_off_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sends then is neither lost nor taken for good."""
+    from fdbroker.ipc import turns
+
+    monkeypatch.setattr(turns, "LONG", 0)  # whatever a stranger does is long, if others are there
+    monkeypatch.setattr(turns, "OTHERS", 300)
+    there = steps.Step(steps.CONNECT, 1, steps.ANSWERED, (steps.WITH_HELLO,))
+    target = Target()
+    try:
+        target.play(steps.Input(0, [there, *dict(seeds.seeds())["stranger"].steps]))
+    finally:
+        target.close()
+
+
 # --- that it can fail ------------------------------------------------------------------------
 
 

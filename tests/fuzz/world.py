@@ -71,7 +71,9 @@ class Turns:
         happened = self.real.poll(0, events)
         if happened or patience == 0:
             return happened
-        if self.server._resume_at:  # nobody is accepted for a millisecond
+        if self.server._resume_at or self.server._put_off:  # for some milliseconds
+            if patience is None or patience > support.PATIENCE:
+                raise Found(f"nobody is accepted or served for {patience} s")
             return self.real.poll(patience, events)
         if not self.workers.pending:
             raise Quiet
@@ -111,7 +113,7 @@ class World:
         self.log.addHandler(self.complaints)
         self.log.propagate = False
         self.log.setLevel(logging.WARNING)
-        self.offset = 0  # nanoseconds that the clock is put forward
+        self.offset = 0  # nanoseconds that the clock is put forward, and never back
         self.clock = loop.clock_gettime_ns
         loop.clock_gettime_ns = lambda which: self.clock(which) + self.offset
         self.refuse = unix.refuse_descriptors
@@ -152,7 +154,6 @@ class World:
         self.old_kernel = old_kernel
         # connections inherit it from the listener
         (unix.accept_descriptors if old_kernel else self.refuse)(self.server.listener.sock)
-        self.offset = 0
         messages.KNOWN.clear()
         self.server.set_rules(RULES)  # forgets what the others said
 
