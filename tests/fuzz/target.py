@@ -26,7 +26,7 @@ from fuzz.world import Found, World
 
 LONGEST = 200_000  # bytes that a client tries to send in one message
 HELLO_SECONDS = READ_SECONDS = 10
-FLOODED = 1100  # requests at most: more than the broker remembers
+FLOODED = 1100  # requests of all floods of an input: more than the broker remembers
 MANY_ENTRIES = 99  # on loan: the books are only compared at the end
 WIDE = b"\xcf"  # the seq in nine bytes, as the broker remembers requests
 
@@ -69,6 +69,7 @@ class Target:
         self.world.targets = self.world.now_open()
         self.clients: dict[int, Client] = {}
         self.tickets: list[bytes] = []
+        self.unflooded = 0  # requests that may still come in floods
 
     def close(self) -> None:
         """End it all; nothing is left open."""
@@ -79,6 +80,7 @@ class Target:
         """One input."""
         self.world.begin(old_kernel=bool(it.kernel & steps.OLD_KERNEL))
         self.tickets.clear()
+        self.unflooded = FLOODED
         try:
             for step in it.steps:
                 ACTIONS[step.op](self, step)
@@ -143,9 +145,10 @@ class Target:
 
     def _flood(self, step: Step) -> None:
         client = self._there(step)
-        for number in range(min(step.numbers[0], FLOODED)):
+        for number in range(min(step.numbers[0], self.unflooded)):
             if client is None or client.over:
                 return
+            self.unflooded -= 1
             fields = ["", 2**20 + number, 0]
             data = self._head(contract.LOANS, client.seq, len(fields))
             self._send(client, data + b"".join(map(msgpack.packb, fields)))
