@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 IGNORED_BY_PYTHON = SIGPIPE, SIGXFSZ  # at its start, and an exec would pass that on (signal(7))
 LONGEST_NUMBER = 10  # in digits
+FLAGS = {"exclusive", "nonblocking"}  # of a --fd
 PAUSE = 0.02  # seconds between two looks for a broker that is not there yet
 
 DESCRIPTION = """\
@@ -51,7 +52,7 @@ EXAMPLES = """\
   fdbroker exec --listen web=:8000 -- uvicorn app:app --fd '{web}'
   fdbroker exec --fd web --listen-fds -- gunicorn app:app
   fdbroker exec --fd web -- hypercorn app:app --bind 'fd://{web}'
-  fdbroker exec --fd web -- env NGINX='{web};' nginx -c "$PWD/nginx.conf"
+  fdbroker exec --fd web,nonblocking -- env NGINX='{web};' nginx -c "$PWD/nginx.conf"
   fdbroker exec --fd serial=0,exclusive --wait 60 -- ./read-meter
 
 The loan's own descriptor has its number in $FDBROKER_LOAN_FD (several of them
@@ -107,14 +108,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.description = DESCRIPTION
     parser.epilog = EXAMPLES
-    parser.usage = "fdbroker exec --fd NAME[=N][,exclusive] ... [options] -- CMD ..."
+    parser.usage = "fdbroker exec --fd NAME[=N][,exclusive][,nonblocking] ... [options] -- CMD ..."
     add = parser.add_argument
     add(
         "--fd",
-        metavar="NAME[=N][,exclusive]",
+        metavar="NAME[=N][,exclusive][,nonblocking]",
         action="append",
         default=[],
-        help="borrow this one, to be descriptor N or any; in turns with others",
+        help="borrow this one, to be descriptor N or any; in turns with others; with O_NONBLOCK, "
+        "which all have who have it",
     )
     add(
         "--listen",
@@ -162,22 +164,23 @@ def run(options: argparse.Namespace | Options) -> int:
 
 
 class Wanted:
-    """One ``--fd``: which entry, at which number, alone or not.  `Misuse`, `BadName`."""
+    """One ``--fd``: which entry, at which number, how.  `Misuse`, `BadName`."""
 
-    __slots__ = ("exclusive", "name", "number")
+    __slots__ = ("exclusive", "name", "nonblocking", "number")
 
     def __init__(self, word: str) -> None:
         described, *flags = word.split(",")
         name, equals, number = described.partition("=")
         check_name(name)
-        if any(flag != "exclusive" for flag in flags):
-            raise Misuse(f"exec: --fd {word}: after the comma comes exclusive, nothing else")
+        if not FLAGS.issuperset(flags):
+            raise Misuse(f"exec: --fd {word}: after a comma comes exclusive or nonblocking")
         digits = number.isascii() and number.isdigit() and len(number) <= LONGEST_NUMBER
         if equals and not (digits and int(number) < 2**31):
             raise Misuse(f"exec: --fd {word}: after = comes the number of a descriptor")
         self.name = name
         self.number = int(number) if equals else None
-        self.exclusive = bool(flags)
+        self.exclusive = "exclusive" in flags
+        self.nonblocking = "nonblocking" in flags
 
 
 def _listening(word: str) -> tuple[str, str]:
@@ -300,6 +303,9 @@ def _become(
     environment["FDBROKER_LOAN_FD"] = ":".join(map(str, [*inherited, *sessions]))
     try:
         numbers = placing.place([(lent[one.name], one.number) for one in wanted], targets)
+        for one, number in zip(wanted, numbers, strict=True):
+            if one.nonblocking:
+                os.set_blocking(number, False)
         words = _filled_in(command, [one.name for one in wanted], numbers)
         for number in IGNORED_BY_PYTHON:
             signal(number, SIG_DFL)

@@ -163,6 +163,19 @@ def test_the_number_stands_for_the_name_in_braces(broker, files):
     assert out.splitlines() == [a, f"fd://9/{a}", "{c}", "{}", "{ a }", f"{{{a}}}", "{a", "$a"]
 
 
+@pytest.mark.parametrize("flags", ["", ",nonblocking", ",exclusive,nonblocking"])
+def test_nonblocking_is_a_flag_of_the_description(broker, flags):
+    """Which the kernel keeps for all who have it (fcntl(2), F_SETFL)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        broker.put("web", listener)
+    look = "import os, sys; print(os.get_blocking(int(sys.argv[1])))"
+    words = ["--fd", f"web{flags}", "--", sys.executable, "-c", look, "{web}"]
+    blocks = not flags.endswith("nonblocking")
+    assert run(broker.address, *words) == (0, f"{blocks}\n", "")
+    with broker.borrow("web") as loan:
+        assert os.get_blocking(loan.fileno()) == blocks
+
+
 def test_listen_fds(broker, files):
     """As sd_listen_fds(3) has it, in the order given; a numbered one is not among them."""
     arguments = ["--fd", "c", "--fd", "a", "--fd", "d=0", "--fd", "b", "--listen-fds"]

@@ -25,7 +25,7 @@ COMMANDS = {
     "uvicorn": ("--fd web", "uvicorn web_app:asgi --fd {web} --log-level warning"),
     "hypercorn": ("--fd web", "hypercorn web_app:asgi --bind fd://{web} --log-level warning"),
     "gunicorn": ("--fd web --listen-fds", "gunicorn web_app:wsgi --workers 2 --log-level warning"),
-    "nginx": ("--fd web", "env NGINX={web}; nginx -p {folder} -c {folder}/nginx.conf"),
+    "nginx": ("--fd web,nonblocking", "env NGINX={web}; nginx -p {folder} -c {folder}/nginx.conf"),
 }
 STOP = {"nginx": signal.SIGQUIT}  # gracefully (nginx(8)); the others: SIGTERM
 NGINX = """
