@@ -1,9 +1,9 @@
 """Whose turn it is: the broker's time is shared by those who want it, uid by uid.
 
-Of each uid that is held to a quota one request is taken up, then one of the next.  Who has one take
-long is put off for some times as long afterwards, unless nobody else is there: so the others have
-most of the time, however often that one asks.  Both what it asks and what it is to be told wait;
-only its end does not.
+Of each uid that is held to a quota one request is taken up, then one of the next.  Who has used a
+millisecond more than its share, by one long request or by many, is put off until it has made up for
+that, unless nobody else is there: so the others find the broker idle most of the time, however much
+that one asks.  Both what it asks and what it is to be told wait; only its end does not.
 
 A request is long by what it says, such as thousands of names, or by what the kernel does for it in
 our thread: of each message it tells every epoll that watches the client's end of the session
@@ -14,13 +14,13 @@ a turn of the others.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import deque
+from collections import OrderedDict, deque
 from time import thread_time_ns
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.ipc.answers import EMPTIED, GONE, NOTHING, Answers
 from fdbroker.ipc.connection import ENDED, UNREAD
-from fdbroker.ipc.loop import LONG
+from fdbroker.ipc.loop import LONG, READABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from fdbroker.lender.parts import Session
     from fdbroker.lender.quotas import Account
 
-OTHERS = 8  # times as long as one has taken belongs to the others
+OTHERS = 4  # times as long as one has taken belongs to the others: its share is a fifth
 DECISION = 10_000  # nanoseconds of a request that are not its own, for each who waited for it
+UIDS = 1000  # of which we know when they were served, until we look which of these matter still
 UNWATCHED: tuple[Any, Any] = None, None
 
 
@@ -44,8 +45,9 @@ class Turns(Answers):
     def __init__(self, listener: Listener, lender: Lender) -> None:
         super().__init__(listener, lender)
         self._served_last: set[Account] = set()
-        self._put_off: dict[int, int] = {}  # uids, and until when
-        self._unheard: dict[int, dict[Connection, None]] = {}  # of these, who has said something
+        self._paid_at: dict[int, int] = {}  # by uid: when it has made up for the time it took
+        self._put_off: dict[int, int] = {}  # of these, who is not served until then
+        self._unheard: dict[int, OrderedDict[Connection, None]] = {}  # who has said something
         self._untold: list[tuple[Session, int, FDBrokerError | None]] = []  # what they are to hear
         self._gone: deque[Connection] = deque()  # who ended meanwhile
 
@@ -112,13 +114,23 @@ class Turns(Answers):
         begun, decided = thread_time_ns(), len(self.lender.decisions)
         act(*about)
         took = thread_time_ns() - begun - DECISION * (len(self.lender.decisions) - decided)
-        if took <= LONG:
-            return
         account = connection.account
-        if account.limited and self.lender.quotas.total.sessions > account.sessions:
-            since = max(self.now, self._put_off.get(account.uid, 0))
-            self._put_off[account.uid] = since + took + OTHERS * took
-            self._set_alarm()
+        if account.limited and took > 0:
+            self._charge(account, took)
+
+    def _charge(self, account: Account, took: int) -> None:
+        """It has used so much: until when is that paid for?"""
+        uid, most = account.uid, self.now + LONG + OTHERS * LONG
+        until = max(self.now, self._paid_at.get(uid, 0)) + took + OTHERS * took
+        if until > most:
+            if self.lender.quotas.total.sessions > account.sessions:
+                self._put_off[uid] = until
+                self._set_alarm()
+            else:
+                until = most
+        elif len(self._paid_at) > UIDS:
+            self._paid_at = {uid: at for uid, at in self._paid_at.items() if at > self.now}
+        self._paid_at[uid] = until
 
     def begin(self, connection: Connection) -> None:
         """The same for who comes; then others may not come either."""
@@ -127,6 +139,8 @@ class Turns(Answers):
             self.admit(connection)
         finally:
             took = thread_time_ns() - begun
+            if connection.account.limited:
+                self._charge(connection.account, took)
             if took > LONG and not connection.rights.unlimited:
                 self.pause_for(took + OTHERS * took)
 
@@ -139,7 +153,7 @@ class Turns(Answers):
         self._untold.append((session, seq, error))
 
     def _hear_later(self, connection: Connection) -> None:
-        self._unheard.setdefault(connection.account.uid, {})[connection] = None
+        self._unheard.setdefault(connection.account.uid, OrderedDict())[connection] = None
 
     def _send_unsent(self, connection: Connection, events: int) -> None:
         if self.is_put_off(connection) and not events & GONE:
@@ -172,13 +186,16 @@ class Turns(Answers):
 
     def _hear_one(self, uid: int) -> None:
         """One of its connections, since after that it may be put off again."""
-        connection = next(reversed(self._unheard[uid]))
+        connection = next(iter(self._unheard[uid]))
         self.forget_turn(connection)
         if connection.state == UNREAD:
             self.rewatch(connection.number, EMPTIED, self._send_unsent, connection)
         else:
             self.listen(connection)
-            self._take_up(connection)
+            if connection.apart is None:
+                self._serve_in_turn(connection, READABLE)
+            else:
+                self._take_up(connection)
 
     def forget_turn(self, connection: Connection) -> None:
         """It is heard now, or has ended."""

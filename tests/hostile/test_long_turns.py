@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import resource
 import select
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
-from support import BORROW, RETURN, SHARED, Raw, start_fork
+from support import BORROW, PATIENCE, RETURN, SHARED, Raw, start_fork, wait_until
 
 from fdbroker.ipc.door import OFFENCES
 
-from .target import ALICE, Target, become
+from .target import ALICE, ANSWERS, Target, become
 
 ASKED = 8  # times by the attacker, in each process
 FAIR = 4  # times as many answers has the good client, at least, though it makes pauses
 WATCHES = 40_000  # of one session
 FILES = 2_000  # numbers of one file, which an epoll may watch each
 NAMED = 3_000
+SESSIONS = 100
+FLOOD = 4_000  # answers
 GROUPS = 65_000  # NGROUPS_MAX is 65,536
 
 
@@ -97,3 +101,39 @@ def test_it_comes_with_very_many_groups_and_breaks_the_rules() -> None:
 
 def test_it_names_thousands(target: Target) -> None:
     outlast(target, lambda raw: None, ["public/memory"] * NAMED)
+
+
+def test_many_short_turns_are_as_one_long_turn(target: Target) -> None:
+    """Of a flood the broker takes up so much that it is idle most of the time, and something of
+    each of the sessions that make it."""
+    answers, before = [0] * SESSIONS, target.good.answers
+
+    def run() -> list[int]:
+        become(ALICE)
+        with ExitStack() as stack:
+            flood = [stack.enter_context(Raw(target.address, puts=False)) for _ in answers]
+            numbers = {raw.sock.fileno(): number for number, raw in enumerate(flood)}
+            for raw in flood:
+                raw.send(BORROW, 1, "public/memory", *SHARED)
+            cpu, began = target.cpu_seconds(), time.monotonic()
+            while sum(answers) < FLOOD:
+                for sock in select.select(list(numbers), [], [], PATIENCE)[0]:
+                    number = numbers[sock]
+                    message, fds = flood[number].receive()
+                    for fd in fds:
+                        os.close(fd)
+                    seq = 2 * answers[number] + 1
+                    assert message is not None
+                    assert message[:2] == [0, seq]
+                    flood[number].send(RETURN, seq + 1)
+                    flood[number].send(BORROW, seq + 2, "public/memory", *SHARED)
+                    answers[number] += 1
+            used = (target.cpu_seconds() - cpu) / (time.monotonic() - began)
+        return [round(100 * used), *answers]
+
+    with target.good.rests():  # what it asks takes time as well
+        used, *each = start_fork(run)()
+    print(f"\n{used} % of a CPU used, {min(each)} to {max(each)} answers to each session")
+    assert min(each) > max(each) / 10
+    assert used < 60
+    wait_until(lambda: target.good.answers >= before + ANSWERS)

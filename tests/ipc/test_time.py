@@ -34,11 +34,12 @@ from fdbroker.errors import BrokerClosing
 from fdbroker.ipc import jobs, turns
 from fdbroker.ipc.connection import Connection
 from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.loop import LONG
 from fdbroker.ipc.messages import VERSION, encode
 from fdbroker.ipc.server import Server
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.parts import Peer
-from fdbroker.lender.quotas import DEFAULT
+from fdbroker.lender.quotas import DEFAULT, Account
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
@@ -53,6 +54,13 @@ def plant(others: int) -> None:
     """What is done in the broker before it serves."""
     turns.OTHERS = others
     turns.Turns.begin = Server.admit  # so that nobody is kept out for ever, by whatever chance
+    charge = turns.Turns._charge
+
+    def charge_for_long_ones(server: turns.Turns, account: Account, took: int) -> None:
+        if took > 3 * LONG:  # as `take_long` does: no sum of many, which is there as chance has it
+            charge(server, account, took)
+
+    turns.Turns._charge = charge_for_long_ones
 
 
 def ruled_with(others: int, more: Callable[[], object] = lambda: None) -> Iterator[Ruled]:
@@ -82,7 +90,7 @@ def ruled() -> Iterator[Ruled]:
 
 
 def take_long(raw: Raw, seq: int = 1) -> None:
-    """Ask for more than a millisecond's work, and get it."""
+    """Ask for nine milliseconds' work, and get it."""
     raw.send(BORROW, seq, ["x"] * MANY, *SHARED)
     has_all(raw, seq)
 
@@ -286,6 +294,46 @@ def test_what_it_takes_adds_up(server: Server, connection: Connection) -> None:
     first = server._put_off[ALICE]
     server.in_time(connection, work, 2)
     assert server._put_off[ALICE] - first >= 2e6 * (1 + turns.OTHERS)
+
+
+def test_so_do_many_short_ones(server: Server, connection: Connection) -> None:
+    for _ in range(9):
+        server.in_time(connection, work, 0.1)
+    assert not server._put_off
+    for _ in range(2):
+        server.in_time(connection, work, 0.1)
+    paid_at = server._put_off[ALICE]
+    assert paid_at - server.now >= 1.1e6 * (1 + turns.OTHERS)
+
+
+def test_what_is_its_share_anyway_does_not(server: Server, connection: Connection) -> None:
+    for _ in range(30):
+        used = -server._paid_at.get(ALICE, server.now)
+        server.in_time(connection, work, 0.1)
+        used += server._paid_at[ALICE]
+        server.now += used  # that this was done in is what it is due
+    assert not server._put_off
+
+
+def test_who_was_alone_owes_nobody_what_it_used(server: Server, connection: Connection) -> None:
+    server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions", -1)
+    server.in_time(connection, work, 20)
+    assert not server._put_off
+    server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
+    server.in_time(connection, work, 0.1)
+    assert server._put_off[ALICE] - server.now < 1.5e6 * (1 + turns.OTHERS)
+
+
+def test_of_how_many_it_is_known_when_they_were_served(
+    server: Server, connection: Connection
+) -> None:
+    for uid in range(100_000, 100_000 + 3 * turns.UIDS):
+        connection.account = Account(uid)
+        connection.account.hold_to(DEFAULT)
+        server.in_time(connection, work, 0.001)
+        assert uid in server._paid_at
+        assert len(server._paid_at) <= turns.UIDS + 1
+        server.now = server._paid_at[uid] + 1
 
 
 def test_what_is_done_for_those_who_waited_is_theirs(
