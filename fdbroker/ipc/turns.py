@@ -177,7 +177,9 @@ class Turns(Answers):
             self._untold.clear()
             self.settle()
         for uid in [uid for uid in self._unheard if uid not in self._put_off]:
-            self._hear_one(uid)
+            if uid in self._unheard:  # what was decided for it may have been its end
+                self._hear_one(uid)
+                self.settle()
         if self._gone:
             connection = self._gone.popleft()
             if connection.state != ENDED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,10 +58,21 @@ def plant(others: int) -> None:
     charge = turns.Turns._charge
 
     def charge_for_long_ones(server: turns.Turns, account: Account, took: int) -> None:
-        if took > 3 * LONG:  # as `take_long` does: no sum of many, which is there as chance has it
+        if took > 3 * LONG // 2:  # as `take_long` does: no sum of many, which chance makes
             charge(server, account, took)
 
     turns.Turns._charge = charge_for_long_ones
+    run = Server.run
+
+    def run_until_told(server: Server) -> None:
+        def now_over(*_: object) -> None:
+            server._put_off = dict.fromkeys(server._put_off, server.now)
+            server.alarm = server.now
+
+        signal.signal(signal.SIGUSR1, now_over)
+        run(server)
+
+    Server.run = run_until_told  # type: ignore[method-assign]
 
 
 def ruled_with(others: int, more: Callable[[], object] = lambda: None) -> Iterator[Ruled]:
@@ -89,19 +101,25 @@ def ruled() -> Iterator[Ruled]:
     yield from ruled_with(ONCE)
 
 
-def take_long(raw: Raw, seq: int = 1) -> None:
-    """Ask for nine milliseconds' work, and get it."""
-    raw.send(BORROW, seq, ["x"] * MANY, *SHARED)
-    has_all(raw, seq)
+def serve_again(ruled: Ruled) -> None:
+    """The time of all who are put off is over at once, with the next request of somebody else."""
+    os.kill(ruled.pid, signal.SIGUSR1)
+    ruled.client.stats()
 
 
-def has_all(raw: Raw, seq: int) -> None:
+def take_long(raw: Raw, seq: int = 1, *, names: int = MANY) -> None:
+    """Ask for some milliseconds of work, and get it."""
+    raw.send(BORROW, seq, ["x"] * names, *SHARED)
+    has_all(raw, seq, names)
+
+
+def has_all(raw: Raw, seq: int, names: int = MANY) -> None:
     """The first part of that has come."""
     message, numbers = raw.receive()
     for number in numbers:
         os.close(number)
     assert message is not None
-    assert message[:3] == [0, seq, MANY]
+    assert message[:3] == [0, seq, names]
 
 
 def is_lent(raw: Raw, seq: int) -> None:
@@ -230,6 +248,46 @@ def test_what_it_is_told_later_comes_before_what_it_asked_meanwhile(ruled: Ruled
         assert other.is_silent(ruled.client)
         is_lent(other, 1)
         is_lent(other, 3)
+
+
+def test_what_one_decides_the_other_is_told_before_it_is_heard(patient: Ruled) -> None:
+    """When both are heard again at the same time, and it asks before it had its answer."""
+    with (
+        session_as(patient.address, ALICE) as one,
+        session_as(patient.address, ALICE) as owner,
+        session_as(patient.address, BOB) as other,
+        session_as(patient.address, BOB) as waiter,
+    ):
+        wait_behind(patient, owner, waiter)
+        take_long(one, names=MANY // 2)
+        take_long(other, names=MANY // 2)
+        owner.send(RETURN, 2)
+        assert owner.is_silent(patient.client)
+        waiter.send(RETURN, 2)
+        assert waiter.is_silent(patient.client)
+        serve_again(patient)
+        is_lent(waiter, 1)
+
+
+def test_what_one_decides_is_the_end_of_the_other(patient: Ruled) -> None:
+    """Who cannot be told any more was to be heard, too."""
+    with (
+        session_as(patient.address, ALICE) as one,
+        session_as(patient.address, ALICE) as owner,
+        session_as(patient.address, BOB) as other,
+    ):
+        with session_as(patient.address, BOB) as waiter:
+            wait_behind(patient, owner, waiter)
+            take_long(one, names=MANY // 2)
+            take_long(other, names=MANY // 2)
+            owner.send(RETURN, 2)
+            assert owner.is_silent(patient.client)
+            with stopped(patient.pid):
+                waiter.send(CANCEL, 2)
+                waiter.sock.close()
+                os.kill(patient.pid, signal.SIGUSR1)
+        wait_until(lambda: not patient.client.loans("y"))
+        assert not any("event=error" in line for line in patient.log())
 
 
 def test_a_drain_tells_it_too() -> None:
