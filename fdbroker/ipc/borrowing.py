@@ -8,6 +8,7 @@ Everything else is `Session.take_loan` and its like.
 
 from __future__ import annotations
 
+import os
 import struct
 from _thread import get_ident  # the one of `threading`, which costs too much at a start
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from fdbroker.ipc import forks, messages
 from fdbroker.ipc.forks import catch_up, later
 from fdbroker.ipc.loan import Loan
 from fdbroker.ipc.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY, unpack_grant
-from fdbroker.ipc.owned import Arguments, message_with
+from fdbroker.ipc.owned import Arguments, closing, message_with
 from fdbroker.ipc.pool import TRIES
 from fdbroker.ipc.session import NOBODY
 from fdbroker.ipc.unix import SEND
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
     from fdbroker.ipc.pool import Pool
 
 KNOWN_BORROWS = 1024  # that are remembered
-pack_head = HEAD.pack
+pack_head, close_number = HEAD.pack, os.close
 
 
 # A borrow that was checked and encoded, all that is the same when it is asked for again: head and
-# tail of the message; the counts of a grant in one message; how to receive that, and
-# what unpacks its descriptors (struct.error if they are not as many as promised); the names;
-# exclusive; timeout.  A plain tuple, since to unpack a NamedTuple takes five times as long.
+# tail of the message; the counts of a grant in one message; how to receive that, and what unpacks
+# its descriptors (struct.error if they are not as many as promised); whether these are several; the
+# names; exclusive; timeout.  A plain tuple, since to unpack a NamedTuple takes five times as long.
 Unpack = Callable[[bytes], tuple[int, ...]]
-Borrow = tuple[bytes, bytes, bytes, Arguments, Unpack, tuple[str, ...], bool, float | None]
+Borrow = tuple[bytes, bytes, bytes, Arguments, Unpack, bool, tuple[str, ...], bool, float | None]
 Key = tuple[str | bytes | tuple[str, ...], bool, str | None, float | None, str]
 _known: dict[Key, Borrow] = {}
 known = _known.get
@@ -66,7 +67,8 @@ def prepare(key: Key) -> Borrow:
     totals = messages.counts(total, total)
     unpack = struct.Struct(f"{total}i").unpack
     receiving = message_with(min(total, messages.DESCRIPTORS))
-    request = head, tail, totals, receiving, unpack, names, bool(exclusive), timeout
+    several = total > 1
+    request = head, tail, totals, receiving, unpack, several, names, bool(exclusive), timeout
     if len(_known) >= KNOWN_BORROWS:
         _known.clear()
     _known[key] = request
@@ -75,7 +77,7 @@ def prepare(key: Key) -> Borrow:
 
 def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
     """Ask for it with a session of the pool; the loan holds the session then."""
-    head, tail, totals, receiving, unpack, names, exclusive, timeout = request
+    head, tail, totals, receiving, unpack, several, names, exclusive, timeout = request
     if later:  # what an interrupted finalizer left
         catch_up()
     try:
@@ -105,7 +107,7 @@ def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
         except (ValueError, struct.error):
             usual = False
         if usual:
-            received[0] = iter(fds)
+            received[0] = closing(fds) if several else map(close_number, fds)
         else:
             fds, since = session.take_loan(seq, len(names), timeout)
         session.fds = fds

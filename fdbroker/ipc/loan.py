@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.holding import Holding
     from fdbroker.ipc.session import Session
 
-close_number, pack_head = os.close, HEAD.pack
+pack_head = HEAD.pack
 
 
 class Loan:
@@ -212,7 +212,7 @@ class Loan:
                     owned.close(received)
             else:
                 for rights in received:
-                    any(map(close_number, rights))
+                    any(rights)
                 received.clear()
             session.thread = 0  # from here on a fork splits it no more
             if session.split:

@@ -204,10 +204,8 @@ class Ledger:
     def write_cells(self, cells: Sequence[int], entries: Sequence[int]) -> None:
         """Chain `cells` to hold `entries`, in order; the session's record then names the first."""
         words, start = self.words, self._cells_at
-        following = NONE
-        for cell, entry in zip(reversed(cells), reversed(entries), strict=True):
+        for cell, entry, following in zip(cells, entries, [*cells[1:], NONE], strict=True):
             words[start + cell] = entry << 32 | following
-            following = cell
 
     def read_cells(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """The chain of `count` cells that begins at `first`, as (cells, entries)."""
@@ -248,10 +246,15 @@ class Slots:
         """`count` free slots, or `BrokerFull` and none."""
         if count > len(self._returned) + self._limit - self.fresh:
             raise BrokerFull(self._what, self._limit)
-        return [self.take() for _ in range(count)]
+        again = [heappop(self._returned) for _ in range(min(count, len(self._returned)))]
+        first, self.fresh = self.fresh, self.fresh + count - len(again)
+        return [*again, *range(first, self.fresh)]
 
     def give_many(self, slots: Sequence[int]) -> None:
-        """Take slots back."""
+        """Take back what `take_many` gave: at once if nobody has taken any since."""
+        if slots and slots == [*range(slots[0], self.fresh)]:
+            self.fresh = slots[0]
+            return
         for slot in slots:
             heappush(self._returned, slot)
 
