@@ -75,6 +75,10 @@ class Door(Loop):
     def end(self, connection: Connection) -> None:
         """It is over."""
 
+    @abstractmethod
+    def is_parked(self, connection: Connection) -> bool:
+        """Whether it has done something, and that was not taken up."""
+
     def run(self) -> None:
         """As `Loop.run`.  What is left of the limit of descriptors, clients may use from now on."""
         quotas = self.lender.quotas
@@ -239,7 +243,10 @@ class Door(Loop):
             for connection in [one for one in self._hung_up if not one.brings_descriptors]:
                 self.part(connection)
         for connection, until in self._awaited.items():
-            if until <= self.now:
+            if until <= self.now and self.is_parked(connection):
+                self.has_come(connection)
+                self.wait_for(connection)
+            elif until <= self.now:
                 reason = "it-said-no-hello" if connection.state == GREETING else "it-does-not-read"
                 log.warning("event=ended %s reason=%s", connection, reason)
                 self.end(connection)

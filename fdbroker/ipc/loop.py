@@ -24,7 +24,6 @@ LIFETIME = 10**10  # seconds
 LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
 EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation.  And if
 MOST_EVENTS = 1024  # there are more, twice as many: who asks seldom is not to be behind them all
-LONG = SECOND // 1000  # of the loop's own time: a usual request takes a hundredth of that
 
 Action = Callable[[Any, int], None]  # what it is about, the events of epoll
 
@@ -55,9 +54,10 @@ class Loop(ABC):
             self._epoll.unregister(number)
 
     def rewatch(self, number: int, events: int, action: Action, about: Any) -> None:
-        """Wait for other events of `number`, and call another action."""
-        self._watched[number] = action, about
-        self._epoll.modify(number, events)
+        """Wait for other events of `number`, and call another action; if it is watched at all."""
+        if number in self._watched:
+            self._watched[number] = action, about
+            self._epoll.modify(number, events)
 
     def run(self) -> None:
         """Serve until drained."""

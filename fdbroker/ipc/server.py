@@ -41,7 +41,6 @@ from fdbroker.ipc.connection import (
 from fdbroker.ipc.custody import Custody
 from fdbroker.ipc.jobs import Close, Discard
 from fdbroker.ipc.limits import descriptors_in_use
-from fdbroker.ipc.loop import LONG
 from fdbroker.ipc.messages import (
     BORROW,
     CANCEL,
@@ -56,6 +55,7 @@ from fdbroker.ipc.messages import (
     encode_error,
     remember,
 )
+from fdbroker.ipc.shares import LONG
 from fdbroker.ipc.turns import Turns
 from fdbroker.ipc.verbs import HANDLERS
 from fdbroker.lender.parts import FREE, LENT
@@ -138,7 +138,7 @@ class Server(Turns):
                 connection = self._by_slot.get(session.slot)
                 if connection is None or connection.session is not session:
                     continue
-                if self.is_put_off(connection) and not self.draining:
+                if self.is_put_off(connection):
                     self.tell_later(session, seq, error)
                     continue
                 try:

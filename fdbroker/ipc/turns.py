@@ -1,9 +1,9 @@
 """Whose turn it is: the broker's time is shared by those who want it, uid by uid.
 
-Of each uid that is held to a quota one request is taken up, then one of the next.  Who has used a
-millisecond more than its share, by one long request or by many, is put off until it has made up for
-that, unless nobody else is there: so the others find the broker idle most of the time, however much
-that one asks.  Both what it asks and what it is to be told wait; only its end does not.
+Of each uid that is held to a quota one request is taken up, then one of the next, and each has its
+share of the broker's time (shares.py).  Who is put off has to wait with what it asks and with what
+it is to be told; only its end does not.  So has who has more than one session ready at a time, with
+all but one of them, in order: else we would look at the same thousand of them for each request.
 
 A request is long by what it says, such as thousands of names, or by what the kernel does for it in
 our thread: of each message it tells every epoll that watches the client's end of the session
@@ -14,13 +14,14 @@ a turn of the others.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from time import thread_time_ns
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.ipc.answers import EMPTIED, GONE, NOTHING, Answers
 from fdbroker.ipc.connection import ENDED, UNREAD
-from fdbroker.ipc.loop import LONG, READABLE
+from fdbroker.ipc.loop import READABLE
+from fdbroker.ipc.shares import LONG, Shares, with_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
     from fdbroker.lender.parts import Session
     from fdbroker.lender.quotas import Account
 
-OTHERS = 4  # times as long as one has taken belongs to the others: its share is a fifth
-DECISION = 10_000  # nanoseconds of a request that are not its own, for each who waited for it
-UIDS = 1000  # of which we know when they were served, until we look which of these matter still
+LOOK = 1000  # nanoseconds for each of the lender's `looks`
+NEXT = LONG // 2  # until another one is let in, after one of a uid that is put off
 UNWATCHED: tuple[Any, Any] = None, None
 
 
@@ -45,11 +45,10 @@ class Turns(Answers):
     def __init__(self, listener: Listener, lender: Lender) -> None:
         super().__init__(listener, lender)
         self._served_last: set[Account] = set()
-        self._paid_at: dict[int, int] = {}  # by uid: when it has made up for the time it took
-        self._put_off: dict[int, int] = {}  # of these, who is not served until then
+        self.shares = Shares()
         self._unheard: dict[int, OrderedDict[Connection, None]] = {}  # who has said something
         self._untold: list[tuple[Session, int, FDBrokerError | None]] = []  # what they are to hear
-        self._gone: deque[Connection] = deque()  # who ended meanwhile
+        self._gone: OrderedDict[Connection, None] = OrderedDict()  # who ended meanwhile
 
     @abstractmethod
     def _serve(self, connection: Connection, events: int) -> None:
@@ -70,8 +69,7 @@ class Turns(Answers):
     def _serve_in_turn(self, connection: Connection, events: int) -> None:
         """As `_serve`, but for who is put off."""
         if self.is_put_off(connection):
-            self._hear_later(connection)
-            self.rewatch(connection.number, NOTHING, self._leave, connection)
+            self._park(connection)
         else:
             self.in_time(connection, self._serve, connection, events)
 
@@ -91,6 +89,7 @@ class Turns(Answers):
             if action == serve and not self.is_put_off(about):
                 account = about.account
                 if account in served:
+                    self._park(about)
                     continue
                 served.add(account)
                 if account in self._served_last:
@@ -101,6 +100,8 @@ class Turns(Answers):
                 continue
             now.append(event)
         self._served_last = served
+        if self._unheard:
+            self._set_alarm()
         return now + later
 
     # --- who takes long ---
@@ -108,45 +109,52 @@ class Turns(Answers):
     def in_time(self, connection: Connection, act: Callable[..., None], *about: Any) -> None:
         """Do that for it, and see how much of our time it takes.
 
-        Not by the clock: that we were not running is nobody's fault.  What it does for those who
-        waited for it is theirs.
+        Not by the clock: that we were not running is nobody's fault.  Nor is what others wished for
+        who wait for it.
         """
-        begun, decided = thread_time_ns(), len(self.lender.decisions)
+        self._charge_waiters()
+        begun, charged = thread_time_ns(), self.shares.charged
         act(*about)
-        took = thread_time_ns() - begun - DECISION * (len(self.lender.decisions) - decided)
-        account = connection.account
-        if account.limited and took > 0:
-            self._charge(account, took)
+        self._charge_waiters()
+        self._charge(connection.account, thread_time_ns() - begun + charged - self.shares.charged)
+
+    def _charge_waiters(self) -> None:
+        looks = self.lender.looks
+        while looks:
+            account, count = looks.popitem()
+            self._charge(account, LOOK * count)
 
     def _charge(self, account: Account, took: int) -> None:
-        """It has used so much: until when is that paid for?"""
-        uid, most = account.uid, self.now + LONG + OTHERS * LONG
-        until = max(self.now, self._paid_at.get(uid, 0)) + took + OTHERS * took
-        if until > most:
-            if self.lender.quotas.total.sessions > account.sessions:
-                self._put_off[uid] = until
+        if not account.limited:
+            self.shares.charged += took
+        elif took > 0:
+            alone = self.draining or self.lender.quotas.total.sessions <= account.sessions
+            if self.shares.charge(account.uid, took, self.now, alone=alone):
                 self._set_alarm()
-            else:
-                until = most
-        elif len(self._paid_at) > UIDS:
-            self._paid_at = {uid: at for uid, at in self._paid_at.items() if at > self.now}
-        self._paid_at[uid] = until
 
     def begin(self, connection: Connection) -> None:
-        """The same for who comes; then others may not come either."""
+        """The same for who comes; then others may not come either, for a moment."""
         begun = thread_time_ns()
         try:
             self.admit(connection)
         finally:
             took = thread_time_ns() - begun
-            if connection.account.limited:
-                self._charge(connection.account, took)
+            self._charge(connection.account, took)
             if took > LONG and not connection.rights.unlimited:
-                self.pause_for(took + OTHERS * took)
+                self.pause_for(with_others(took))
+            elif self.is_put_off(connection):
+                self.pause_for(NEXT)
+
+    def drain(self, seconds: float | None) -> None:
+        """As `Door.drain`.  Nobody is put off from now on: what was returned is to be known."""
+        self.shares.forgive(self.now)
+        self._serve_again()
+        self._set_alarm()
+        super().drain(seconds)
 
     def is_put_off(self, connection: Connection) -> bool:
         """Whether it is the others' time."""
-        return connection.account.uid in self._put_off
+        return connection.account.uid in self.shares.put_off
 
     def tell_later(self, session: Session, seq: int, error: FDBrokerError | None) -> None:
         """Keep a decision for one who is put off."""
@@ -154,6 +162,15 @@ class Turns(Answers):
 
     def _hear_later(self, connection: Connection) -> None:
         self._unheard.setdefault(connection.account.uid, OrderedDict())[connection] = None
+
+    def _park(self, connection: Connection) -> None:
+        """The same for one who asks: it makes no events meanwhile."""
+        self._hear_later(connection)
+        self.rewatch(connection.number, NOTHING, self._leave, connection)
+
+    def is_parked(self, connection: Connection) -> bool:
+        """Whether it has done something, and that was not taken up."""
+        return connection in self._unheard.get(connection.account.uid, ())
 
     def _send_unsent(self, connection: Connection, events: int) -> None:
         if self.is_put_off(connection) and not events & GONE:
@@ -164,27 +181,29 @@ class Turns(Answers):
     def _leave(self, connection: Connection, events: int) -> None:
         """It is gone: soon, since many can go at once."""
         if events & GONE:
-            self._gone.append(connection)
+            self.unwatch(connection.number)  # or each time it shuts down again is an event
+            self._gone[connection] = None
             self._set_alarm()
 
     def ring(self) -> None:
         """Also: the others have had their time."""
-        over = [uid for uid, until in self._put_off.items() if until <= self.now]
-        for uid in over:
-            del self._put_off[uid]
-        if over:
-            self.lender.decisions.extend(self._untold)  # who is still put off, is so again
-            self._untold.clear()
-            self.settle()
-        for uid in [uid for uid in self._unheard if uid not in self._put_off]:
+        self._serve_again()
+        for uid in [uid for uid in self._unheard if uid not in self.shares.put_off]:
             if uid in self._unheard:  # what was decided for it may have been its end
                 self._hear_one(uid)
                 self.settle()
         if self._gone:
-            connection = self._gone.popleft()
+            connection, _ = self._gone.popitem(last=False)
             if connection.state != ENDED:
                 self.in_time(connection, self.end, connection)
         super().ring()
+
+    def _serve_again(self) -> None:
+        """Tell those whose time has come what they are to hear."""
+        if self.shares.over(self.now):
+            self.lender.decisions.extend(self._untold)  # who is still put off, is so again
+            self._untold.clear()
+            self.settle()
 
     def _hear_one(self, uid: int) -> None:
         """One of its connections, since after that it may be put off again."""
@@ -209,7 +228,8 @@ class Turns(Answers):
 
     def _set_alarm(self) -> None:
         super()._set_alarm()
-        if self._gone or self._unheard or self._put_off:
-            due = self._gone or self._unheard.keys() - self._put_off.keys()
-            at = self.now if due else min(self._put_off.values())
+        put_off = self.shares.put_off
+        if self._gone or self._unheard or put_off:
+            due = self._gone or self._unheard.keys() - put_off.keys()
+            at = self.now if due else min(put_off.values())
             self.alarm = min(self.alarm or at, at)

@@ -40,7 +40,7 @@ from fdbroker.lender.parts import (
     Session,
     Wish,
 )
-from fdbroker.lender.quotas import Quotas
+from fdbroker.lender.quotas import Account, Quotas
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +63,8 @@ class Books:
         self.tickets: dict[bytes, Entry] = {}  # LIVE ones only
         self.decisions: deque[tuple[Session, int, FDBrokerError | None]] = deque()
         self.closings: deque[Entry] = deque()
+        # entries looked at or lent for those who waited: work that is theirs, whoever causes it
+        self.looks: dict[Account, int] = {}
         self.waiting = 0
         self._session_slots = Slots(ledger.sessions, "sessions")
         self._entry_slots = Slots(ledger.entries, "entries")
@@ -213,11 +215,18 @@ class Books:
         wish, arrival = session.wish, session.arrival
         if session.slot in refused:
             return False
-        for entry in dict.fromkeys(session.entries):
+        for looks, entry in enumerate(dict.fromkeys(session.entries), 1):
             if self._is_held(entry, wish) or self._is_behind(entry, wish, arrival):
                 refused.add(session.slot)
+                self._note_looks(session, 1 + looks)
                 return False
+        self._note_looks(session, 2 * wish.count)
         return True
+
+    def _note_looks(self, session: Session, count: int) -> None:
+        """So many entries were looked at, or are lent, because it waits for them."""
+        account = session.account
+        self.looks[account] = self.looks.get(account, 0) + count
 
     @staticmethod
     def _is_held(entry: Entry, wish: Wish) -> bool:

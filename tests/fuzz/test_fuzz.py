@@ -135,10 +135,10 @@ def test_time_that_passes_in_an_input_is_past_for_the_next_one() -> None:
 
 def test_who_is_put_off_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it sends then is neither lost nor taken for good."""
-    from fdbroker.ipc import turns
+    from fdbroker.ipc import shares
 
-    monkeypatch.setattr(turns, "LONG", 0)  # whatever a stranger does is long, if others are there
-    monkeypatch.setattr(turns, "OTHERS", 300)
+    monkeypatch.setattr(shares, "LONG", 0)  # whatever a stranger does is long, if others are there
+    monkeypatch.setattr(shares, "OTHERS", 300)
     there = steps.Step(steps.CONNECT, 1, steps.ANSWERED, (steps.WITH_HELLO,))
     target = Target()
     try:

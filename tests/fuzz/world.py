@@ -71,7 +71,7 @@ class Turns:
         happened = self.real.poll(0, events)
         if happened or patience == 0:
             return happened
-        if self.server._resume_at or self.server._put_off:  # for some milliseconds
+        if self.server._resume_at or self.server.shares.put_off:  # for some milliseconds
             if patience is None or patience > support.PATIENCE:
                 raise Found(f"nobody is accepted or served for {patience} s")
             return self.real.poll(patience, events)

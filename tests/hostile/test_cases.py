@@ -57,6 +57,9 @@ CASES = {
         "hostile/test_long_turns.py::test_it_comes_again_and_again_with_very_many_groups",
         "hostile/test_long_turns.py::test_it_comes_with_very_many_groups_and_breaks_the_rules",
         "hostile/test_long_turns.py::test_many_short_turns_are_as_one_long_turn",
+        "hostile/test_long_turns.py::test_many_sessions_that_are_ready_all_the_time",
+        "hostile/test_long_turns.py::test_who_comes_and_goes_all_the_time",
+        "hostile/test_long_turns.py::test_who_is_put_off_and_shuts_down_again_and_again",
         "ipc/test_time.py::test_no_session_of_its_uid_is_served_and_all_others_are",
     ],
     # --- malice ---

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
-from support import BORROW, PATIENCE, RETURN, SHARED, Raw, start_fork, wait_until
+from support import BORROW, CANCEL, PATIENCE, RETURN, SHARED, Raw, in_fork, start_fork, wait_until
 
 from fdbroker.ipc.door import OFFENCES
 
@@ -137,3 +139,84 @@ def test_many_short_turns_are_as_one_long_turn(target: Target) -> None:
     assert min(each) > max(each) / 10
     assert used < 60
     wait_until(lambda: target.good.answers >= before + ANSWERS)
+
+
+def test_many_sessions_that_are_ready_all_the_time(target: Target) -> None:
+    """The broker does not look at all of them for each request that it takes up."""
+    before = target.good.answers
+
+    def run() -> int:
+        become(ALICE)
+        with ExitStack() as stack:
+            crowd = []
+            for _ in range(3 * SESSIONS):
+                crowd.append(stack.enter_context(Raw(target.address, puts=False)))
+                time.sleep(0.002)  # so slowly that it is not put off for it
+            for raw in crowd:
+                raw.sock.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        raw.send(RETURN, 0)  # an old message: it is ignored
+            return cpu_percent(target, seconds=1.0)
+
+    with target.good.rests():
+        used = start_fork(run)()
+    print(f"\n{used} % of a CPU used")
+    assert used < 60
+    wait_until(lambda: target.good.answers >= before + ANSWERS)
+
+
+def test_who_comes_and_goes_all_the_time(target: Target) -> None:
+    """It has no more of the broker for that, and is not locked out for long afterwards."""
+    before, deadline = target.good.answers, time.monotonic() + 1.5
+
+    def come_and_go() -> None:
+        become(ALICE)
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(target.address)
+
+    with target.good.rests():
+        waits = [start_fork(come_and_go) for _ in range(2)]
+        used = cpu_percent(target, seconds=1.0)
+        for wait in waits:
+            wait()
+        begun = time.monotonic()
+        in_fork(lambda: (become(ALICE), Raw(target.address).sock.close()))
+    locked_out = time.monotonic() - begun
+    print(f"\n{used} % of a CPU used, then let in after {locked_out:.2f} s")
+    assert used < 60
+    assert locked_out < 1.5
+    wait_until(lambda: target.good.answers >= before + ANSWERS)
+
+
+def test_who_is_put_off_and_shuts_down_again_and_again(target: Target) -> None:
+    """Each time the kernel tells us so; we look once."""
+    before = target.good.answers
+
+    def run() -> int:
+        become(ALICE)
+        with ExitStack() as stack:
+            crowd = [stack.enter_context(Raw(target.address)) for _ in range(3 * SESSIONS)]
+            for _ in range(20):  # it is put off by that
+                for raw in crowd:
+                    raw.send(CANCEL, 0)
+            cpu, began = target.cpu_seconds(), time.monotonic()
+            while time.monotonic() < began + 1.0:
+                for raw in crowd:
+                    with contextlib.suppress(OSError):
+                        raw.sock.shutdown(socket.SHUT_RDWR)
+            return round(100 * (target.cpu_seconds() - cpu))
+
+    with target.good.rests():
+        used = start_fork(run)()
+    print(f"\n{used} % of a CPU used")
+    assert used < 30
+    wait_until(lambda: target.good.answers >= before + ANSWERS)
+
+
+def cpu_percent(target: Target, seconds: float) -> int:
+    """Of one CPU, that the broker uses for so long."""
+    cpu, began = target.cpu_seconds(), time.monotonic()
+    time.sleep(seconds)
+    return round(100 * (target.cpu_seconds() - cpu) / (time.monotonic() - began))

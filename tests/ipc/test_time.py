@@ -32,12 +32,12 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import BrokerClosing
-from fdbroker.ipc import jobs, turns
+from fdbroker.ipc import door, jobs, shares, turns
 from fdbroker.ipc.connection import Connection
 from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.loop import LONG
 from fdbroker.ipc.messages import VERSION, encode
 from fdbroker.ipc.server import Server
+from fdbroker.ipc.shares import LONG
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.parts import Peer
 from fdbroker.lender.quotas import DEFAULT, Account
@@ -53,7 +53,7 @@ FOR_EVER = 10**9
 
 def plant(others: int) -> None:
     """What is done in the broker before it serves."""
-    turns.OTHERS = others
+    shares.OTHERS, shares.MOST = others, 10**18
     turns.Turns.begin = Server.admit  # so that nobody is kept out for ever, by whatever chance
     charge = turns.Turns._charge
 
@@ -66,7 +66,7 @@ def plant(others: int) -> None:
 
     def run_until_told(server: Server) -> None:
         def now_over(*_: object) -> None:
-            server._put_off = dict.fromkeys(server._put_off, server.now)
+            server.shares.forgive(server.now)
             server.alarm = server.now
 
         signal.signal(signal.SIGUSR1, now_over)
@@ -349,63 +349,119 @@ def work(milliseconds: float) -> None:
 
 def test_what_it_takes_adds_up(server: Server, connection: Connection) -> None:
     server.in_time(connection, work, 20)
-    first = server._put_off[ALICE]
+    first = server.shares.put_off[ALICE]
     server.in_time(connection, work, 2)
-    assert server._put_off[ALICE] - first >= 2e6 * (1 + turns.OTHERS)
+    assert server.shares.put_off[ALICE] - first >= 2e6 * (1 + shares.OTHERS)
 
 
 def test_so_do_many_short_ones(server: Server, connection: Connection) -> None:
     for _ in range(9):
         server.in_time(connection, work, 0.1)
-    assert not server._put_off
+    assert not server.shares.put_off
     for _ in range(2):
         server.in_time(connection, work, 0.1)
-    paid_at = server._put_off[ALICE]
-    assert paid_at - server.now >= 1.1e6 * (1 + turns.OTHERS)
+    paid_at = server.shares.put_off[ALICE]
+    assert paid_at - server.now >= 1.1e6 * (1 + shares.OTHERS)
 
 
 def test_what_is_its_share_anyway_does_not(server: Server, connection: Connection) -> None:
     for _ in range(30):
-        used = -server._paid_at.get(ALICE, server.now)
+        used = -server.shares._paid_at.get(ALICE, server.now)
         server.in_time(connection, work, 0.1)
-        used += server._paid_at[ALICE]
+        used += server.shares._paid_at[ALICE]
         server.now += used  # that this was done in is what it is due
-    assert not server._put_off
+    assert not server.shares.put_off
 
 
 def test_who_was_alone_owes_nobody_what_it_used(server: Server, connection: Connection) -> None:
     server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions", -1)
     server.in_time(connection, work, 20)
-    assert not server._put_off
+    assert not server.shares.put_off
     server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
     server.in_time(connection, work, 0.1)
-    assert server._put_off[ALICE] - server.now < 1.5e6 * (1 + turns.OTHERS)
+    assert server.shares.put_off[ALICE] - server.now < 1.5e6 * (1 + shares.OTHERS)
 
 
 def test_of_how_many_it_is_known_when_they_were_served(
     server: Server, connection: Connection
 ) -> None:
-    for uid in range(100_000, 100_000 + 3 * turns.UIDS):
+    for uid in range(100_000, 100_000 + 3 * shares.UIDS):
         connection.account = Account(uid)
         connection.account.hold_to(DEFAULT)
         server.in_time(connection, work, 0.001)
-        assert uid in server._paid_at
-        assert len(server._paid_at) <= turns.UIDS + 1
-        server.now = server._paid_at[uid] + 1
+        assert uid in server.shares._paid_at
+        assert len(server.shares._paid_at) <= shares.UIDS + 1
+        server.now = server.shares._paid_at[uid] + 1
 
 
-def test_what_is_done_for_those_who_waited_is_theirs(
-    server: Server, connection: Connection
-) -> None:
-    def give_back(waiting: int) -> None:
-        work(3)
-        session = server.lender.open(Peer(BOB, BOB, 1))
-        server.lender.decisions.extend([(session, 1, None)] * waiting)
+def test_what_another_one_wishes_for_is_not_its_own(patient: Ruled) -> None:
+    """Who returns what is waited for has the broker look at all that the other one waits for."""
+    with (
+        session_as(patient.address, BOB) as owner,
+        session_as(patient.address, BOB) as other,
+        session_as(patient.address, ALICE) as waiter,
+        session_as(patient.address, ALICE) as waiters,
+    ):
+        owner.send(BORROW, 1, "y", *EXCLUSIVE)
+        is_lent(owner, 1)
+        waiter.send(BORROW, 1, ["y"] + ["x"] * (MANY // 2), 0, None, "")
+        wait_until(lambda: patient.client.stats()["waiting"])
+        serve_again(patient)  # to ask took long, too
+        owner.send(RETURN, 2)
+        wait_until(lambda: not patient.client.stats()["waiting"])
+        os.close(other.borrow(1, "x"))
+        waiters.send(BORROW, 1, "x", *SHARED)
+        assert waiters.is_silent(patient.client)
 
-    server.in_time(connection, give_back, 1000)
-    assert not server._put_off
-    server.in_time(connection, give_back, 1)
-    assert server._put_off
+
+def test_what_is_done_within_is_not_charged_twice(server: Server, connection: Connection) -> None:
+    server.in_time(connection, lambda: server.in_time(connection, work, 0.7))
+    assert not server.shares.put_off
+
+
+def test_nobody_is_put_off_for_long(server: Server, connection: Connection) -> None:
+    for _ in range(3):
+        server.in_time(connection, work, 100)
+    assert server.shares.put_off[ALICE] == server.now + shares.MOST
+
+
+def test_who_has_said_hello_is_not_shown_out_for_silence() -> None:
+    def impatient() -> None:
+        plant(FOR_EVER)
+        door.HELLO_TIME = 200_000_000
+
+    with Ruled(plant=impatient) as ruled:
+        ruled.set_rules(rule(*VERBS, uid=ALICE))
+        ruled.put("x")
+        with (
+            session_as(ruled.address, ALICE) as one,
+            session_as(ruled.address, ALICE, hello=False) as silent,
+            session_as(ruled.address, ALICE, hello=False) as newcomer,
+        ):
+            take_long(one)
+            newcomer.send(HELLO, 0, VERSION, False)
+            assert silent.receive() == (None, [])
+            assert not select.select([newcomer.sock], [], [], 0.5)[0]
+            serve_again(ruled)
+            assert newcomer.receive() == ([0, 0, VERSION], [])
+
+
+def test_a_drain_hears_what_was_returned() -> None:
+    with Ruled(plant=lambda: plant(FOR_EVER)) as ruled:
+        ruled.set_rules(rule(*VERBS, uid=ALICE))
+        ruled.put("x", "y")
+        with (
+            session_as(ruled.address, ALICE) as owner,
+            session_as(ruled.address, ALICE) as one,
+        ):
+            os.close(owner.borrow(1, "y"))
+            take_long(one)
+            one.sock.close()
+            wait_until(lambda: ruled.client.stats()["loans"] == 1)
+            owner.send(RETURN, 2)
+            assert owner.is_silent(ruled.client)
+            ruled.drain()
+            assert owner.receive() == (None, [])  # with the broker
 
 
 def test_what_it_is_granted_meanwhile_it_gets_later(ruled: Ruled) -> None:
