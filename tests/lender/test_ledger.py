@@ -280,6 +280,24 @@ def test_slots_give_the_lowest_that_is_free():
     assert caught.value.data == ("things", 4)
 
 
+def test_many_slots_are_given_and_taken_back_in_whatever_order():
+    slots = Slots(9, "things")
+    first, second, third = (slots.take_many(count) for count in (3, 1, 2))
+    assert (first, second, third) == ([0, 1, 2], [3], [4, 5])
+    slots.give_many(second)
+    slots.give_many(third)
+    assert slots.fresh == 4
+    assert slots.take_many(2) == [3, 4]
+    slots.give_many([4, 3])
+    slots.give_many([])
+    slots.give_many(first)
+    assert slots.take_many(9) == [*range(9)]
+    with pytest.raises(BrokerFull):
+        slots.take_many(1)
+    slots.give_many([0, 2, 8])
+    assert [slots.take() for _ in range(3)] == [0, 2, 8]
+
+
 def test_slots_of_a_load_are_the_same():
     slots = Slots(5, "things", taken={1, 3})
     with pytest.raises(BrokerFull):

@@ -628,3 +628,32 @@ def test_the_pid_of_another_uid_is_another_process(lot: Rig):
     lot.borrow(one, "a", exclusive=True)
     assert not lot.borrow(other, "a")
     lot.retire_and_wait(lot.client(pid=7, uid=2000), "a")
+
+
+# --- whose work it is
+
+
+def test_who_waits_is_looked_at_on_its_own_account(lot: Rig):
+    """Whoever it is that returns what it waits for."""
+    one, two = lot.clients(2)
+    three, four = lot.client(uid=3), lot.client(uid=4)
+    lot.borrow(one, "a", exclusive=True)
+    lot.borrow(two, "b", exclusive=True)
+    lot.borrow(three, "b", "a")
+    lot.borrow(four, "c", "a", "a")
+    assert lot.lender.looks == {}
+    lot.give_back(one)
+    # of the first wish the first entry was looked at; the second is granted: three entries, twice
+    assert lot.lender.looks == {three.account: 1 + 1, four.account: 2 * 3}
+    lot.give_back(two)
+    assert lot.lender.looks == {three.account: 2 + 2 * 2, four.account: 6}
+
+
+def test_a_wish_is_looked_at_as_far_as_it_can_be_granted(lot: Rig):
+    one, two = lot.clients(2)
+    waiter = lot.client(uid=3)
+    lot.borrow(one, "a", exclusive=True)
+    lot.borrow(two, "b", exclusive=True)
+    lot.borrow(waiter, "c", "a", "b")
+    lot.give_back(one)
+    assert lot.lender.looks == {waiter.account: 1 + 3}
