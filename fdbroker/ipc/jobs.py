@@ -23,6 +23,7 @@ from fdbroker.ipc.messages import (
     encode,
     encode_error,
 )
+from fdbroker.ipc.owned import closing
 from fdbroker.ipc.workers import CLOSING, RECEIVING, Job
 from fdbroker.lender.quotas import FEW
 from fdbroker.rc import FD
@@ -253,11 +254,7 @@ def close_each(fds: list[int]) -> None:
     for fd in fds[:FEW]:
         if descriptors.is_socket(fd):
             descriptors.switch_linger_off(fd)
-    first = 0
-    for place, fd in enumerate(fds, 1):
-        if fds[place : place + 1] != [fd + 1]:
-            os.closerange(fds[first], fd + 1)
-            first = place
+    any(closing(tuple(fds)))
 
 
 class Close(Job):
