@@ -62,6 +62,8 @@ def look_at_last(owned: Owned) -> tuple[bytes, tuple[int, ...], bool]:
 
 def closing(numbers: tuple[int, ...]) -> Closing:
     """What closes them as it is advanced, each run at once: 32 in a third of the time."""
+    if numbers and numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
+        return starmap(os.closerange, ((numbers[0], numbers[-1] + 1),))
     runs, start = [], 0
     for _, run in groupby(map(sub, numbers, count())):  # alike where they follow each other
         end = start + len(list(run))

@@ -118,12 +118,14 @@ class Books:
 
     def hold(self, session: Session) -> None:
         """The session has its loan: each of the entries is one reference longer open."""
-        slot, entries, exclusive = session.slot, session.entries, session.wish.exclusive
+        slot, entries = session.slot, session.entries
         session.account.loans += len(entries)
         for entry in entries:
             entry.fd.incref()
             entry.holders[slot] = session
-            entry.held_exclusively = exclusive
+        if session.wish.exclusive:
+            for entry in entries:
+                entry.held_exclusively = True
 
     def _end_concerns(self, wish: Wish, entries: Sequence[Entry], now: int) -> None:
         """A loan has ended: close what it was the last one of, serve those who wait."""

@@ -6,7 +6,8 @@ in the machine's order:
 
     sessions   one record each: its seq and id, and its loan or its place in a waiting line
     entries    one record each: name or ticket, generation, kind, who made it with which seq
-    cells      one word each: the second, third, ... entry of a loan of several, as a linked list
+    cells      one word each: the second, third, ... entry of a loan of several, and how many cells
+               lie between it and that of the next
 
 The first word of a record is its **commit word**: a state in the low eight bits, above it the seq
 (sessions) or the generation (entries).  Fields are written first and the commit word last, and
@@ -22,6 +23,7 @@ goes on through suspend and is the same for the process that takes over.
 from __future__ import annotations
 
 import struct
+from array import array
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +32,7 @@ from fdbroker.errors import BrokerFull
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAGIC = 0x31_72_65_67_64_65_6C_66  # "fledger1", the layout below; another layout, another number
+MAGIC = 0x32_72_65_67_64_65_6C_66  # "fledger2", the layout below; another layout, another number
 HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
 NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
 
@@ -44,7 +46,7 @@ ENTRY_WORDS = 1 + ENTRY.size // 8
 
 STATE_BITS = 8
 STATE_MASK = (1 << STATE_BITS) - 1
-NONE = 0xFFFFFFFF  # no entry, no cell
+HALF = 0xFFFFFFFF  # of a word: in its low half an entry
 
 
 class SessionRecord(NamedTuple):
@@ -160,7 +162,7 @@ class Ledger:
         fields = SessionRecord(
             record[BORROW_SEQ],
             record[SINCE],
-            entry=what & NONE,
+            entry=what & HALF,
             members=what >> 32 & 0xFFFF,
             flags=what >> 48 & 0xFF,
             cell=record[CELL],
@@ -202,10 +204,13 @@ class Ledger:
     # --- cells ---
 
     def write_cells(self, cells: Sequence[int], entries: Sequence[int]) -> None:
-        """Chain `cells` to hold `entries`, in order; the session's record then names the first."""
-        words, start = self.words, self._cells_at
-        for cell, entry, following in zip(cells, entries, [*cells[1:], NONE], strict=True):
-            words[start + cell] = entry << 32 | following
+        """Have `cells`, in rising order, hold `entries`; a session's record names the first one."""
+        start = self._cells_at
+        if isinstance(cells, range):  # nothing is skipped: a fifth of the time
+            self.words[start + cells.start : start + cells.stop] = array("Q", entries)
+            return
+        for cell, entry, following in zip(cells, entries, [*cells[1:], cells[-1] + 1], strict=True):
+            self.words[start + cell] = (following - cell - 1) << 32 | entry
 
     def read_cells(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """The chain of `count` cells that begins at `first`, as (cells, entries)."""
@@ -213,8 +218,8 @@ class Ledger:
         for _ in range(count):
             word = self.words[self._cells_at + first]
             cells.append(first)
-            entries.append(word >> 32)
-            first = word & NONE
+            entries.append(word & HALF)
+            first += 1 + (word >> 32)
         return cells, entries
 
 
@@ -242,21 +247,25 @@ class Slots:
         self.fresh += 1
         return self.fresh - 1
 
-    def take_many(self, count: int) -> list[int]:
-        """`count` free slots, or `BrokerFull` and none."""
+    def take_many(self, count: int) -> Sequence[int]:
+        """So many free slots in order, a range if none was used before; `BrokerFull`: none."""
         if count > len(self._returned) + self._limit - self.fresh:
             raise BrokerFull(self._what, self._limit)
         again = [heappop(self._returned) for _ in range(min(count, len(self._returned)))]
         first, self.fresh = self.fresh, self.fresh + count - len(again)
-        return [*again, *range(first, self.fresh)]
+        unused = range(first, self.fresh)
+        return [*again, *unused] if again else unused
 
     def give_many(self, slots: Sequence[int]) -> None:
         """Take back what `take_many` gave: at once if nobody has taken any since."""
-        if slots and slots == [*range(slots[0], self.fresh)]:
+        if slots and slots[-1] + 1 == self.fresh == slots[0] + len(slots):
             self.fresh = slots[0]
             return
         for slot in slots:
             heappush(self._returned, slot)
+        if len(self._returned) == self.fresh:  # all are back: as if none had been used
+            self._returned.clear()
+            self.fresh = 0
 
     def give(self, slot: int) -> None:
         """Take a slot back."""

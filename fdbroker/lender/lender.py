@@ -112,7 +112,10 @@ class Lender(Books):
             self.quotas.check(account, "loans", wish.count)
         names, exclusive, entries = self.names, wish.exclusive, []
         for name in wish.names:
-            entry = names.get(name) or self.find(name)  # type: ignore[arg-type]
+            try:
+                entry = names[name]  # type: ignore[index]
+            except KeyError:
+                entry = self.find(name)
             if entry.held_exclusively or entry.turns:
                 return self._stand_in_line(session, seq, wish, now)
             if exclusive and (entry.holders or entry.line):
@@ -169,10 +172,12 @@ class Lender(Books):
         others_concerned = False
         for entry in entries:
             entry.fd.decref()
-            entry.held_exclusively = False
             entry.holders.pop(slot, None)  # it is not there again where two names are alike
             if entry.line or entry.state == RETIRING:
                 others_concerned = True
+        if wish.exclusive:
+            for entry in entries:
+                entry.held_exclusively = False
         if session.cells:
             self._give_cells(session)
         if others_concerned:
