@@ -183,7 +183,7 @@ class Books:
     def _give_cells(self, session: Session) -> None:
         """The room for the members of its loan is free again."""
         self._cells.give_many(session.cells)
-        self.quotas.add(session.account, "members", -len(session.cells))
+        self.quotas.add_members(session.account, -len(session.cells))
         session.cells = ()
 
     def serve_line(self, entry: Entry, now: int, refused: set[int]) -> None:

@@ -251,15 +251,18 @@ class Slots:
         """So many free slots in order, a range if none was used before; `BrokerFull`: none."""
         if count > len(self._returned) + self._limit - self.fresh:
             raise BrokerFull(self._what, self._limit)
+        first = self.fresh
+        if not self._returned:
+            self.fresh += count
+            return range(first, self.fresh)
         again = [heappop(self._returned) for _ in range(min(count, len(self._returned)))]
-        first, self.fresh = self.fresh, self.fresh + count - len(again)
-        unused = range(first, self.fresh)
-        return [*again, *unused] if again else unused
+        self.fresh += count - len(again)
+        return [*again, *range(first, self.fresh)]
 
     def give_many(self, slots: Sequence[int]) -> None:
         """Take back what `take_many` gave: at once if nobody has taken any since."""
-        if slots and slots[-1] + 1 == self.fresh == slots[0] + len(slots):
-            self.fresh = slots[0]
+        if isinstance(slots, range) and slots.stop == self.fresh:
+            self.fresh = slots.start
             return
         for slot in slots:
             heappush(self._returned, slot)

@@ -155,7 +155,7 @@ class Lender(Books):
             session.cells = self._cells.take_many(len(entries) - 1)
             self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
             session.record[CELL] = session.cells[0]
-            self.quotas.add(session.account, "members", len(session.cells))
+            self.quotas.add_members(session.account, len(session.cells))
         if wish.purpose_bytes:
             self.ledger.write_purpose(session.slot, wish.purpose_bytes)
 

@@ -133,7 +133,7 @@ def _session(lender: Lender, slot: int, peer: Peer, entries: dict[int, Entry]) -
 def _enter_session(lender: Lender, session: Session) -> None:
     lender.sessions[session.slot] = session
     lender.quotas.add(session.account, "sessions")
-    lender.quotas.add(session.account, "members", len(session.cells))
+    lender.quotas.add_members(session.account, len(session.cells))
     if session.state == LENT:
         lender.hold(session)
     if session.state == CLOSING:

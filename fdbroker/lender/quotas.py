@@ -157,9 +157,15 @@ class Quotas:
 
     def check_members(self, account: Account, count: int) -> None:
         """Raise `QuotaExceeded` if a loan of several may not have `count` beside the first."""
-        room = half(account.members, self._members - self.total.members) - account.members
-        if account.limited and count > room:
-            raise QuotaExceeded("loans", account.loans, account.loans + 1 + room)
+        if account.limited:
+            room = half(account.members, self._members - self.total.members) - account.members
+            if count > room:
+                raise QuotaExceeded("loans", account.loans, account.loans + 1 + room)
+
+    def add_members(self, account: Account, count: int) -> None:
+        """Note that its loans have so many more, or less, beside the first of each."""
+        account.members += count
+        self.total.members += count
 
     def check(self, account: Account, what: str, count: int = 1) -> None:
         """Raise `QuotaExceeded` if it may not have `count` more, `TooManyFiles` if nobody may."""
