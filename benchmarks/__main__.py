@@ -26,7 +26,7 @@ from benchmarks import (
     sessions,
     startup,
 )
-from benchmarks.harness import POLICIES, Result, machine, place
+from benchmarks.harness import POLICIES, Result, install, machine, place
 from benchmarks.plot import plot
 from benchmarks.table import VOID, goals, judge, table
 
@@ -56,6 +56,7 @@ def main() -> int:
 
 def run(asked: argparse.Namespace) -> Result:
     """Measure; each topic is kept as soon as it is done."""
+    install()
     cpu = None if asked.unpinned else place(asked.cpu, asked.policy)
     result = {"machine": machine(cpu, asked.policy), "rounds": asked.rounds, "topics": {}}
     for topic in [TOPICS[asked.what]] if asked.what else TOPICS.values():

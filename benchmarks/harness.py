@@ -6,12 +6,14 @@ runs each of them once, in order: A B C, A B C, ...  The ratio of two variants i
 round, and the median of those ratios is the figure.
 
 Every process is pinned to the same CPU and under the same scheduling policy (children inherit
-both): where the processes are placed is worth more than anything measured here.  The collector is
-off while the clock runs.  All rounds are kept raw in the result; nothing here computes a figure.
+both): where the processes are placed is worth more than anything measured here.  What they import
+has its bytecode already, and the collector is off while the clock runs.  All rounds are kept raw in
+the result; nothing here computes a figure.
 """
 
 from __future__ import annotations
 
+import compileall
 import gc
 import os
 import platform
@@ -123,6 +125,13 @@ def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
                 raise
     if process.returncode != 0:
         raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
+
+
+def install() -> None:
+    """Have the bytecode of everything written before, as it is where a package is installed."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    compileall.compile_dir(ROOT / "fdbroker", quiet=1)
+    compileall.compile_dir(ROOT / "benchmarks", quiet=1)
 
 
 def place(cpu: int | None, policy: str) -> int:

@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd, recv_handle, send_handle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.cycle import borrow
@@ -87,11 +87,11 @@ def serve_send_fds(number: int, fd: int) -> None:
 
 
 @contextmanager
-def process(serve: Any, file: BinaryIO) -> Iterator[Connection]:
-    """The other end of a Pipe has `serve(connection, number of the file)`, in a fork."""
+def process(serve: Any, *about: Any) -> Iterator[Connection]:
+    """The other end of a Pipe has `serve(connection, *about)`, in a fork; it ends with the Pipe."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    worker = context.Process(target=serve, args=(ours, theirs, file.fileno()), daemon=True)
+    worker = context.Process(target=serve, args=(ours, theirs, *about))
     worker.start()
     theirs.close()
     try:
@@ -103,7 +103,7 @@ def process(serve: Any, file: BinaryIO) -> Iterator[Connection]:
 
 @contextmanager
 def handles() -> Iterator[Run]:
-    with lent_file() as file, process(serve_handles, file) as connection:
+    with lent_file() as file, process(serve_handles, file.fileno()) as connection:
 
         def run(n: int) -> None:
             for _ in range(n):
@@ -122,7 +122,7 @@ def serve_handles(other: Connection, connection: Connection, fd: int) -> None:
 
 @contextmanager
 def dup_fd() -> Iterator[Run]:
-    with lent_file() as file, process(serve_dup_fd, file) as connection:
+    with lent_file() as file, process(serve_dup_fd, file.fileno()) as connection:
 
         def run(n: int) -> None:
             for _ in range(n):
@@ -141,13 +141,24 @@ def serve_dup_fd(other: Connection, connection: Connection, fd: int) -> None:
 
 @contextmanager
 def pool_apply() -> Iterator[Run]:
-    with multiprocessing.get_context("fork").Pool(1) as pool, socket.socket() as sock:
+    """In a process of its own: a Pool has threads, which would slow down the other variants."""
+    with process(apply_in_pool) as connection:
 
         def run(n: int) -> None:
-            for _ in range(n):
-                pool.apply(socket.socket.close, (sock,))
+            connection.send(n)
+            connection.recv()
 
         yield run
+
+
+def apply_in_pool(other: Connection, connection: Connection) -> None:
+    other.close()
+    with multiprocessing.get_context("fork").Pool(1) as pool, socket.socket() as sock:
+        with suppress(EOFError):
+            while True:
+                for _ in range(connection.recv()):
+                    pool.apply(socket.socket.close, (sock,))
+                connection.send(None)
         pool.close()
         pool.join()
 

@@ -1,8 +1,7 @@
 """Topic `startup`: from the start of ``fdbroker exec ... -- true`` to its end, against bare Python.
 
 Bare is ``python -I -c pass`` with the same interpreter, of a virtual environment if this one is:
-no Python program can start in less.  `true` is what exec becomes, and is shown alone too.  The
-bytecode of what is imported has been written before, as it is where a package is installed.
+no Python program can start in less.  `true` is what exec becomes, and is shown alone too.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ def program(*command: str) -> Iterator[Run]:
     if found is None:
         raise Unavailable(f"no {command[0]}")
 
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-
     def run(n: int) -> None:
         for _ in range(n):
-            subprocess.run([found, *command[1:]], check=True, env=environment)
+            subprocess.run([found, *command[1:]], check=True)
 
     yield run
 
