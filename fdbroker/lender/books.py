@@ -65,7 +65,8 @@ class Books:
         self.closings: deque[Entry] = deque()
         # entries looked at or lent for those who waited: work that is theirs, whoever causes it
         self.looks: dict[Account, int] = {}
-        self.waiting = 0
+        self.waiting = 0  # sessions in a line
+        self.retiring = 0  # entries
         self._session_slots = Slots(ledger.sessions, "sessions")
         self._entry_slots = Slots(ledger.entries, "entries")
         self._cells = Slots(ledger.cells, "loans of several entries")
@@ -298,6 +299,7 @@ class Books:
     def start_retiring(self, entry: Entry, now: int) -> None:
         entry.state = RETIRING
         self.ledger.commit_entry(entry.slot, entry.generation, RETIRING)
+        self.retiring += 1
         if self.names.get(entry.name) is entry:
             del self.names[entry.name]
         self.tickets.pop(entry.ticket, None)

@@ -169,20 +169,20 @@ class Lender(Books):
         session.wish, session.entries = NO_WISH, ()
         session.record[COMMIT] = seq << STATE_BITS | IDLE
         session.account.loans -= len(entries)
-        others_concerned = False
         for entry in entries:
             entry.fd.decref()
             entry.holders.pop(slot, None)  # it is not there again where two names are alike
-            if entry.line or entry.state == RETIRING:
-                others_concerned = True
         if wish.exclusive:
             for entry in entries:
                 entry.held_exclusively = False
         if session.cells:
             self._give_cells(session)
-        if others_concerned:
+        if not self.waiting and not self.retiring:  # so nobody waits for any of these
+            return False
+        if any(entry.line or entry.state == RETIRING for entry in entries):
             self._end_concerns(wish, entries, now)
-        return others_concerned
+            return True
+        return False
 
     def take_back(self, session: Session, now: int) -> None:
         """The loan ends because its descriptors could not be sent."""
@@ -315,6 +315,7 @@ class Lender(Books):
             self.decisions.append((session, session.asked_seq, failure))
         self.ledger.commit_entry(entry.slot, 0, FREE)
         entry.state = FREE
+        self.retiring -= 1
         del self.entries[entry.slot]
         self.quotas.add(entry.account, "entries", -1)
         self._entry_slots.give(entry.slot)

@@ -171,6 +171,7 @@ def view(lender: Lender, at_closer=()) -> dict:
         "tickets": {ticket: entry.slot for ticket, entry in lender.tickets.items()},
         "loans": lender.loans,
         "waiting": lender.waiting,
+        "retiring": lender.retiring,
         "closings": sorted(entry.slot for entry in (*lender.closings, *at_closer)),
         "deadline": lender.next_deadline(),
         "accounts": {

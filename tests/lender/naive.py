@@ -289,6 +289,7 @@ class NaiveLender:
             "tickets": {entry.ticket: entry.slot for entry in live if not entry.name},
             "loans": len(self.loans),
             "waiting": len(self.waiting),
+            "retiring": len(self.entries) - len(live),
             "closings": sorted(entry.slot for entry in self.closings()),
             "deadline": min(deadlines, default=None),
             "accounts": {uid: used for uid in self.uids() if any(used := self.used(uid))},
