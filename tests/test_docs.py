@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.table import table
+from benchmarks.table import goals, table
 from fdbroker.cli import COMMANDS, loans, ls, stats
 from fdbroker.cli.status import MEANINGS
 from fdbroker.ipc.client import EntryInfo, LoanInfo, Usage
@@ -139,7 +139,10 @@ def test_the_program_in_the_readme_runs(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "last").glob("*.json")), ids=str)
-def test_the_tables_of_the_benchmarks_are_those_of_their_rounds(file: Path) -> None:
+def test_the_tables_of_the_benchmarks_are_those_of_their_rounds() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert table(json.loads(file.read_text())) in page, f"python -m benchmarks table {file}"
+    runs = [
+        json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks/last").glob("*.json"))
+    ]
+    assert goals(runs) in page, "python -m benchmarks goals benchmarks/last/*.json"
+    assert table(runs[0]) in page, "python -m benchmarks table, of the first of them"
