@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.cycle import borrow
-from benchmarks.harness import Run, Topic, Unavailable, Variant, child, needs
+from benchmarks.harness import FAREWELL, Run, Topic, Unavailable, Variant, child, needs
 from benchmarks.rc import duplicated
 from benchmarks.subjects import KEPT, S6, missing
 
@@ -98,6 +98,8 @@ def process(serve: Any, *about: Any) -> Iterator[Connection]:
         with ours:
             yield ours
     finally:
+        worker.join(FAREWELL)
+        worker.kill()
         worker.join()
 
 

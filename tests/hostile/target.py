@@ -51,7 +51,9 @@ from fdbroker.ipc.pool import cut_off
 
 ALICE, BOB, CAROL, EVE, KEEPER = range(65_520, 65_525)  # uids; nobody has an account for them
 TESTS = Path(__file__).parents[1]
-GROWTH = 1 << 20  # bytes that the broker may grow by in an attack, after it has seen it once
+# bytes that the broker may grow by in an attack, after it has seen it once: less than two arenas of
+# Python's allocator (1 MiB each), of which something that lives on may come to lie in one
+GROWTH = 3 << 19
 SLOWEST = 2.0  # seconds that an answer may take, on a machine that does much else
 ANSWERS = 25  # that the good client must have had during each attack
 CONTENTS = b"what the good client has to find in there"
