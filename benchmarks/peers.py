@@ -98,9 +98,11 @@ def process(serve: Any, *about: Any) -> Iterator[Connection]:
         with ours:
             yield ours
     finally:
-        worker.join(FAREWELL)
-        worker.kill()
-        worker.join()
+        try:
+            worker.join(FAREWELL)
+        finally:
+            worker.kill()
+            worker.join()
 
 
 @contextmanager

@@ -263,10 +263,10 @@ class Slots:
         """Take back what `take_many` gave: at once if nobody has taken any since."""
         if isinstance(slots, range) and slots.stop == self.fresh:
             self.fresh = slots.start
-            return
-        for slot in slots:
-            heappush(self._returned, slot)
-        if len(self._returned) == self.fresh:  # all are back: as if none had been used
+        else:
+            for slot in slots:
+                heappush(self._returned, slot)
+        if self._returned and len(self._returned) == self.fresh:  # all are: as if none had been used
             self._returned.clear()
             self.fresh = 0
 

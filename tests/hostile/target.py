@@ -51,9 +51,7 @@ from fdbroker.ipc.pool import cut_off
 
 ALICE, BOB, CAROL, EVE, KEEPER = range(65_520, 65_525)  # uids; nobody has an account for them
 TESTS = Path(__file__).parents[1]
-# bytes that the broker may grow by in an attack, after it has seen it once: less than two arenas of
-# Python's allocator (1 MiB each), of which something that lives on may come to lie in one
-GROWTH = 3 << 19
+GROWTH = 1 << 20  # bytes that the broker may grow by in an attack, after it has seen it once
 SLOWEST = 2.0  # seconds that an answer may take, on a machine that does much else
 ANSWERS = 25  # that the good client must have had during each attack
 CONTENTS = b"what the good client has to find in there"
@@ -218,11 +216,13 @@ class Target:
         uid: int = ALICE,
         why: str = "",
         lines: int = 1,
+        growth: int = GROWTH,
     ) -> None:
         """Have processes of `uid` call `strike(address)` so often, and for as long as it takes the
         good client to be answered.
 
-        why: what the log says, `lines` times for each strike.
+        why: what the log says, `lines` times for each strike.  growth: bytes, less than which the
+        broker may grow by.
         """
         told = self.told(why)
         done = self._strike(strike, uid, min(rounds, 4), 1, 0)
@@ -230,7 +230,7 @@ class Target:
         memory = self.memory()
         done += self._strike(strike, uid, rounds * self.volume, processes, ANSWERS)
         self.settle()
-        assert self.memory() - memory < GROWTH
+        assert self.memory() - memory < growth
         if why:
             wait_until(lambda: self.told(why) - told >= done * lines)
             assert self.told(why) - told == done * lines

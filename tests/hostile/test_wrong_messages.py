@@ -31,7 +31,7 @@ from support import (
 import fdbroker
 from fdbroker.ipc.messages import MESSAGE_BYTES, NAME_BYTES, NAMES, VERBS, Verb
 
-from .target import Target
+from .target import GROWTH, Target
 
 PROTOCOL_ERROR, VERSION_MISMATCH = 60, 61
 GOOD: dict[str, Any] = {  # a value for each field that the table has
@@ -251,8 +251,10 @@ def test_bombs(target: Target, bombs: list[bytes]) -> None:
     def strike(address: str) -> None:
         refused(address, *bombs)
 
-    rounds = 2 if bombs is WIDE else max(2, 30 // len(bombs))
-    target.attack(strike, rounds=rounds, why="event=fault", lines=len(bombs))
+    rounds, growth = max(2, 30 // len(bombs)), GROWTH
+    if bombs is WIDE:  # each fills several arenas of Python's allocator (1 MiB, obmalloc), of
+        rounds, growth = 2, GROWTH * 3 // 2  # which something that lives on may come to lie in one
+    target.attack(strike, rounds=rounds, why="event=fault", lines=len(bombs), growth=growth)
 
 
 def test_any_bytes(target: Target) -> None:
