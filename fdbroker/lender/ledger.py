@@ -266,7 +266,7 @@ class Slots:
         else:
             for slot in slots:
                 heappush(self._returned, slot)
-        if self._returned and len(self._returned) == self.fresh:  # all are: as if none had been used
+        if self._returned and len(self._returned) == self.fresh:  # all are back: none is in use
             self._returned.clear()
             self.fresh = 0
 
