@@ -7,10 +7,14 @@ Times vary with the machine.  These do not, so whoever changes what a cycle cost
     instructions    that they take beside those (valgrind's callgrind)
     bytes           that they take at the most, and keep (tracemalloc)
 
-A run with more cycles is compared with one that has fewer, so a start costs nothing.  The broker is
-asked by hand, and has slept before each request, or it would be left to chance what it finds when
-it looks for the next one.  Calls are the same everywhere.  Instructions and bytes are those of one
-build of Python: on another one, which the file does not know, they are left out aloud.
+A run with more cycles is compared with one that has fewer, so a start costs nothing; the broker's,
+which is never twice the same, is not in its instructions at all.  It is asked by hand, and has
+slept before each request, or it would be left to chance what it finds when it looks for the next
+one.  Calls are the same everywhere.  Instructions and bytes are those of one build of Python: on
+another one, which the file does not know, they are left out aloud.
+
+CPython's cache of methods goes by addresses, and what is where in memory by the length of paths
+and of the environment.  So both are always as long: a copy of the package is measured (`copy`).
 """
 
 from __future__ import annotations
@@ -29,19 +33,31 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from compileall import compile_dir
 from contextlib import contextmanager, suppress
 from fcntl import ioctl
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
 from benchmarks.base import lent_file
 from benchmarks.crowd import sessions
 from benchmarks.cycle import shared
-from benchmarks.harness import ROOT, Result
+from benchmarks.harness import Result
 from fdbroker import Client
 from fdbroker.descriptors import Kind
 from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.messages import BORROW, HEAD, HELLO, RETURN, VERSION, encode, template
+from fdbroker.ipc.messages import (
+    BORROW,
+    HEAD,
+    HELLO,
+    REPLY_BYTES,
+    RETURN,
+    STATS,
+    VERSION,
+    encode,
+    template,
+)
 from fdbroker.ipc.server import Server
 from fdbroker.ipc.unix import INT, SIOCOUTQ
 from fdbroker.lender import Ledger, Lender
@@ -50,14 +66,13 @@ from fdbroker.rc import FD
 FILE = Path(__file__).with_name("guard.json")
 FEW, MANY = 100, 600  # cycles
 WARM = 50
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-TOOLS = {  # kind: what is run, and how its figures are read
-    "calls": ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-o"],
-    "instructions": ["valgrind", "-q", "--tool=callgrind"],
-}
+PYTHON = [os.path.realpath(sys.executable), "-S"]  # no environment that was made for it
+ENVIRONMENT = {"PATH": os.defpath, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+STRACE = ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-o"]
+CALLGRIND = ["valgrind", "-q", "--tool=callgrind"]
 EPOLL_WAIT = {"x86_64": 232}.get(os.uname().machine, -1)
 PROGRAMS = "setarch", "strace", "valgrind"
-EXACT = 100  # instructions differ by less than that part: some are the threads', or the C library's
+MARK = "opendir"  # a function that only `stats` calls, of all that is asked here
 ROOM = 16, 16, 16  # of the ledger
 Numbers = dict[str, int]
 Step = Callable[[], object]
@@ -66,9 +81,23 @@ Step = Callable[[], object]
 # --- who is measured -------------------------------------------------------------------------
 
 
+@contextmanager
+def copy() -> Iterator[str]:
+    """A folder, whose name is as long as every other time, with all that is measured."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        for name in "fdbroker", "benchmarks", "msgpack":
+            spec = find_spec(name)
+            assert spec is not None
+            assert spec.submodule_search_locations is not None
+            (where,) = spec.submodule_search_locations
+            shutil.copytree(where, f"{folder}/{name}", ignore=shutil.ignore_patterns("*.pyc"))
+        compile_dir(folder, quiet=1)
+        yield folder
+
+
 def broker(address: str) -> list[str]:
     serve = ["serve", "--socket", address, "--memfd", "x=4096", "--ready-fd", "1"]
-    return [sys.executable, "-m", "fdbroker", *serve]
+    return [*PYTHON, "-m", "fdbroker", *serve]
 
 
 def client(address: str, cycles: int) -> None:
@@ -77,20 +106,20 @@ def client(address: str, cycles: int) -> None:
         shared(client)(cycles)
 
 
-def ask(address: str, pid: int, cycles: int) -> None:
-    """The same by hand; before each request the broker sleeps."""
-    (sock,) = sessions(address, 1)
+def ask(sock: socket.socket, pid: int, seq: int, cycles: int) -> int:
+    """The same by hand, beginning with that seq; before each request the broker sleeps.  The next
+    seq."""
     head, tail = template(BORROW, "x", 0, None, "")
     return_head, _ = template(RETURN)
-    with sock:
-        for seq in range(1, 2 * cycles, 2):
-            wait_until_asleep(sock, pid)
-            sock.send(HEAD.pack(head, seq) + tail)
-            _, [number], _, _ = socket.recv_fds(sock, 100, 1)
-            os.close(number)
-            wait_until_asleep(sock, pid)
-            sock.send(HEAD.pack(return_head, seq + 1))
+    for at in range(seq, seq + 2 * cycles, 2):
         wait_until_asleep(sock, pid)
+        sock.send(HEAD.pack(head, at) + tail)
+        _, [number], _, _ = socket.recv_fds(sock, 100, 1)
+        os.close(number)
+        wait_until_asleep(sock, pid)
+        sock.send(HEAD.pack(return_head, at + 1))
+    wait_until_asleep(sock, pid)
+    return seq + 2 * cycles
 
 
 def wait_until_asleep(sock: socket.socket, pid: int) -> None:
@@ -111,10 +140,11 @@ def asleep(pid: int) -> bool:
 
 
 @contextmanager
-def serving(address: str, prefix: list[str]) -> Iterator[int]:
-    """A broker, under what `prefix` says, and the pid of itself."""
-    command = ["setarch", "-R", *prefix, *broker(address)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT) as process:
+def serving(folder: str, prefix: Sequence[str] = ()) -> Iterator[int]:
+    """A broker of that copy, at `socket` in there, under what `prefix` says, and its own pid."""
+    command = ["setarch", "-R", *prefix, *broker(f"{folder}/socket")]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    with process:
         assert process.stdout is not None
         process.stdout.readline()
         pid = process.pid
@@ -127,55 +157,80 @@ def serving(address: str, prefix: list[str]) -> Iterator[int]:
             process.wait()
 
 
-def of_broker(kind: str, cycles: int) -> Numbers:
-    with tempfile.TemporaryDirectory() as folder:
-        address, found = f"{folder}/socket", f"{folder}/found"
-        with serving(address, tool(kind, found)) as pid:
-            ask(address, pid, cycles)
-        return read(kind, found)
+def calls_of_broker(folder: str, cycles: int) -> Numbers:
+    found = f"{folder}/found"
+    with serving(folder, [*STRACE, found]) as pid:
+        (sock,) = sessions(f"{folder}/socket", 1)
+        with sock:
+            ask(sock, pid, 1, cycles)
+    return calls(found)
 
 
-def of_client(kind: str, cycles: int) -> Numbers:
-    with tempfile.TemporaryDirectory() as folder:
-        address, found = f"{folder}/socket", f"{folder}/found"
-        with serving(address, []):
-            run = [sys.executable, "-m", "benchmarks.guard", "client", address, str(cycles)]
-            command = ["setarch", "-R", *tool(kind, found), *run]
-            subprocess.run(command, check=True, cwd=ROOT, env=os.environ | ENVIRONMENT)
-        return read(kind, found)
+def instructions_of_broker(folder: str) -> int:
+    """Of a cycle, when it has done some: callgrind writes down what it counted, and begins anew,
+    where a MARK is called."""
+    found = f"{folder}/found"
+    prefix = [*CALLGRIND, f"--dump-before={MARK}", f"--callgrind-out-file={found}"]
+    with serving(folder, prefix) as pid:
+        (sock,) = sessions(f"{folder}/socket", 1)
+        with sock:
+            seq = 1
+            for cycles in (WARM, FEW, MANY):
+                seq = ask(sock, pid, seq, cycles)
+                sock.send(encode([STATS, seq]))
+                sock.recv(REPLY_BYTES)
+                seq += 1
+    parts = sorted(Path(folder).glob("found.*"), key=lambda path: int(path.suffix[1:]))
+    few, many = map(instructions, parts[-2:])
+    return per_cycle(few, many)
 
 
-def tool(kind: str, found: str) -> list[str]:
-    if kind == "calls":
-        return [*TOOLS[kind], found]
-    return [*TOOLS[kind], f"--callgrind-out-file={found}"]
+def calls_of_client(folder: str, cycles: int) -> Numbers:
+    run_client(folder, [*STRACE, f"{folder}/found"], cycles)
+    return calls(f"{folder}/found")
 
 
-def read(kind: str, found: str) -> Numbers:
-    text = Path(found).read_text()
-    if kind == "calls":
-        rows = re.findall(r"^\s*(\d+)\s+(\w+)$", text, re.M)
-        return {name: int(count) for count, name in rows if name != "total"}
-    (total,) = re.findall(r"^(?:summary|totals): (\d+)", text, re.M)[-1:]
-    return {"": int(total)}
+def instructions_of_client(folder: str) -> int:
+    def all_of(cycles: int) -> int:
+        run_client(folder, [*CALLGRIND, f"--callgrind-out-file={folder}/found"], cycles)
+        return instructions(f"{folder}/found")
+
+    return per_cycle(all_of(FEW), all_of(MANY))
 
 
-def per_cycle(take: Callable[[str, int], Numbers], kind: str) -> Numbers:
-    """What each cycle more costs.  A broker's threads now and then cost one call more."""
-    few, many = take(kind, FEW), take(kind, MANY)
-    costs = {name: round((many[name] - few.get(name, 0)) / (MANY - FEW)) for name in sorted(many)}
+def run_client(folder: str, prefix: list[str], cycles: int) -> None:
+    with serving(folder):
+        client = [*PYTHON, "-m", "benchmarks.guard", "client", f"{folder}/socket", str(cycles)]
+        subprocess.run(["setarch", "-R", *prefix, *client], check=True, cwd=folder, env=ENVIRONMENT)
+
+
+def calls(found: str) -> Numbers:
+    """strace's, by name."""
+    rows = re.findall(r"^\s*(\d+)\s+(\w+)$", Path(found).read_text(), re.M)
+    return {name: int(count) for count, name in rows if name != "total"}
+
+
+def instructions(found: str | Path) -> int:
+    """callgrind's, altogether."""
+    return int(re.findall(r"^(?:summary|totals): (\d+)", Path(found).read_text(), re.M)[-1])
+
+
+def calls_per_cycle(take: Callable[[str, int], Numbers], folder: str) -> Numbers:
+    few, many = take(folder, FEW), take(folder, MANY)
+    costs = {name: per_cycle(few.get(name, 0), many[name]) for name in sorted(many)}
     return {name: cost for name, cost in costs.items() if cost}
+
+
+def per_cycle(few: int, many: int) -> int:
+    """What each cycle more costs.  A broker's threads now and then cost one call more."""
+    return round((many - few) / (MANY - FEW))
 
 
 # --- memory, which only the process itself can be asked about ------------------------------------
 
 
-def bytes_of_client() -> Numbers:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(f"{folder}/socket", []),
-        Client(f"{folder}/socket") as client,
-    ):
+def bytes_of_client(folder: str) -> Numbers:
+    with serving(folder), Client(f"{folder}/socket") as client:
         return bytes_of([lambda: client.borrow("x").close()])
 
 
@@ -269,10 +324,12 @@ def measure() -> Result:
     """By kind, and whose: calls are the same everywhere."""
     found: Result = {"calls": {}, "builds": {build(): {"instructions": {}, "bytes": {}}}}
     mine = found["builds"][build()]
-    for who, take in (("broker", of_broker), ("client", of_client)):
-        found["calls"][who] = per_cycle(take, "calls")
-        mine["instructions"][who] = per_cycle(take, "instructions")[""]
-    mine["bytes"] = {"broker": bytes_of_broker(), "client": bytes_of_client()}
+    with copy() as folder:
+        found["calls"]["broker"] = calls_per_cycle(calls_of_broker, folder)
+        found["calls"]["client"] = calls_per_cycle(calls_of_client, folder)
+        mine["instructions"]["broker"] = instructions_of_broker(folder)
+        mine["instructions"]["client"] = instructions_of_client(folder)
+        mine["bytes"] = {"broker": bytes_of_broker(), "client": bytes_of_client(folder)}
     return found
 
 
@@ -292,12 +349,9 @@ def differences(known: Result, found: Result) -> list[str]:
             print(f"not compared: instructions and bytes of {name}, which is not in {FILE.name}")
             continue
         before = known["builds"][name]
-        for who, number in mine["instructions"].items():
-            old = before["instructions"][who]
-            if abs(number - old) > old // EXACT:
-                lines.append(f"instructions of the {who}: {old} became {number}")
-        if before["bytes"] != mine["bytes"]:
-            lines.append(f"bytes: {before['bytes']} became {mine['bytes']}")
+        for what, numbers in mine.items():
+            if before[what] != numbers:
+                lines.append(f"{what}: {before[what]} became {numbers}")
     return lines
 
 
@@ -305,7 +359,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard")
     parser.add_argument("--write", action="store_true", help=f"to {FILE.name}, for this Python")
     asked = parser.parse_args()
-    without = [program for program in PROGRAMS if shutil.which(program) is None]
+    without = [program for program in PROGRAMS if shutil.which(program, path=os.defpath) is None]
     if without or EPOLL_WAIT < 0:
         print(f"not compared: {' and '.join(without) or 'x86-64'} is missing", file=sys.stderr)
         return 0
