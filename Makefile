@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# the system's own, if it will do: distributions build it with optimisations, worth a twentieth here
+# the system's own, if it will do: distributions build it with optimisations, worth a quarter of a cycle
 BENCH_PYTHON ?= $(shell /usr/bin/python3 -c 'import sys, ensurepip; \
 	print("/usr/bin/python3" if sys.version_info >= (3, 11) else "$(PYTHON)")' 2>/dev/null || echo $(PYTHON))
 BIN := $(VENV)/bin

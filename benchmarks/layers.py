@@ -5,15 +5,21 @@ and one thing more, by the broker's own code where there is some.  The last rung
 of ours with a server that has no other session and no other verb.  What the broker takes beyond
 that is its loop, and the looks at what may have gone wrong.
 
-    switches            two eventfds: each process waits for the other
-    messages            the request, the answer and the return, sent and received
-    descriptor          the answer brings one, which the client closes
-    epoll, unread       the server waits for all it has, and asks whether the last answer was read
-    decode, rules       what does this peer want, and may it
-    lend                the name, the turn, the quota, the count
-    ledger              written through
-    encode              the answer, with the time
-    client              ours, in place of one written out by hand
+    switches               two eventfds: each process waits for the other
+    send                   the request, the answer and the return are sent, and stay in their queues
+    receive                they are received, which is what each process waits for now
+    close                  the client closes a descriptor, one of some that it has made before
+    descriptor install     the answer brings that
+    epoll, unread          the server waits for all it has, and asks whether the last answer was
+                           read
+    decode                 what does this peer want; whether it may is known with that
+    ledger                 the words of the loan and of its end, written through
+    rules, quota, count    by the lender: the name, the turn, the quota, the count
+    encode                 the answer, with the time
+    client                 ours, in place of one written out by hand
+
+Between some cycles and the next the messages of `send` are received, and descriptors for `close`
+made, while the clock does not run.
 """
 
 from __future__ import annotations
@@ -22,7 +28,8 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fcntl import ioctl
 from functools import partial
@@ -56,47 +63,98 @@ from fdbroker.ipc.messages import (
 )
 from fdbroker.ipc.unix import INT, LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued, rights
 from fdbroker.lender import Ledger, Lender
-from fdbroker.lender.ledger import SESSION_WORDS
-from fdbroker.lender.parts import Peer
+from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SINCE, STATE_BITS, WHAT
+from fdbroker.lender.parts import IDLE, LENT, Peer
 from fdbroker.rc import FD
 
-SWITCHES, MESSAGES, DESCRIPTOR, EPOLL, DECODE, LEND, LEDGER, ENCODE, CLIENT = RUNGS = (
+SWITCHES, SEND, RECEIVE, CLOSE, INSTALL, EPOLL, DECODE, LEDGER, LEND, ENCODE, CLIENT = RUNGS = (
     "switches",
-    "messages",
-    "descriptor",
+    "send",
+    "receive",
+    "close",
+    "descriptor install",
     "epoll, unread",
-    "decode, rules",
-    "lend",
+    "decode",
     "ledger",
+    "rules, quota, count",
     "encode",
     "client",
 )
 CYCLE = "fdbroker"
 ROOM = 16, 16, 16  # of the ledger
-END = 2**32  # an eventfd's count that says so
+SOME = 32  # cycles, between which the clock stands for what a rung does not count
+CLEAR, END = 2**16, 2**32  # an eventfd's counts that say so
 
 
 # --- the clients -----------------------------------------------------------------------------
 
 
 @contextmanager
-def pulse() -> Iterator[Run]:
-    there, back = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(0, os.EFD_CLOEXEC)
+def woken(name: str) -> Iterator[Run]:
+    """The rungs whose processes wake each other by eventfds."""
+    there, back = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    numbers = there, back, theirs.fileno()
+    command = [sys.executable, "-m", "benchmarks.layers", name, *map(str, numbers)]
     try:
-        command = [sys.executable, "-m", "benchmarks.layers", SWITCHES, str(there), str(back)]
-        with child(command, pass_fds=(there, back)):
-
-            def run(n: int) -> None:
-                write, read = os.eventfd_write, os.eventfd_read
-                for _ in range(n):
-                    write(there, 1)
-                    read(back)
-
-            yield run
+        with ours, theirs, child(command, pass_fds=numbers):
+            yield pulse(there, back) if name == SWITCHES else sending(there, back, ours)
             os.eventfd_write(there, END)
     finally:
         os.close(there)
         os.close(back)
+
+
+def pulse(there: int, back: int) -> Run:
+    def run(n: int) -> None:
+        write, read = os.eventfd_write, os.eventfd_read
+        for _ in range(n):
+            write(there, 1)
+            read(back)
+
+    return run
+
+
+def sending(there: int, back: int, sock: socket.socket) -> Run:
+    head, tail = template(BORROW, "x", 0, None, "")
+    return_head, _ = template(RETURN)
+
+    def run(n: int) -> None:
+        write, read, send, pack = os.eventfd_write, os.eventfd_read, sock.send, HEAD.pack
+        for seq in range(1, 2 * n, 2):
+            send(pack(head, seq) + tail)
+            write(there, 1)
+            read(back)
+            send(pack(return_head, seq + 1))
+
+    sent = 0
+
+    def clear(n: int) -> None:
+        nonlocal sent
+        os.eventfd_write(there, CLEAR + sent)
+        os.eventfd_read(back)
+        for _ in range(sent):
+            sock.recv(REPLY_BYTES)
+        sent = n
+
+    return by_the_few(clear, run)
+
+
+def by_the_few(before: Callable[[int], None], run: Callable[[int], None]) -> Run:
+    """Counts the time of `run`, each some cycles, and not that of what comes `before` these."""
+
+    def counted(n: int) -> int:
+        took, clock = 0, time.perf_counter_ns
+        while n:
+            some = min(n, SOME)
+            before(some)
+            start = clock()
+            run(some)
+            took += clock() - start
+            n -= some
+        return took
+
+    return counted
 
 
 @contextmanager
@@ -126,13 +184,15 @@ def connected(name: str, address: str) -> Iterator[Run]:
         sock.connect(address)
         sock.send(encode([HELLO, 0, VERSION, False]))
         sock.recv(REPLY_BYTES)
-        yield by_hand(sock, brings=RUNGS.index(name) >= RUNGS.index(DESCRIPTOR))
+        yield by_hand(name, sock)
 
 
-def by_hand(sock: socket.socket, *, brings: bool) -> Run:
+def by_hand(name: str, sock: socket.socket) -> Run:
     """What a client must do, and no more."""
     head, tail = template(BORROW, "x", 0, None, "")
     return_head, _ = template(RETURN)
+    closes, brings = (RUNGS.index(name) >= RUNGS.index(since) for since in (CLOSE, INSTALL))
+    made: list[int] = []
     last = 0
 
     def run(n: int) -> None:
@@ -148,31 +208,42 @@ def by_hand(sock: socket.socket, *, brings: bool) -> Run:
                 close(number)
             else:
                 recv(REPLY_BYTES)
+                if closes:
+                    close(made.pop())
             send(pack(return_head, seq + 1))
         last += 2 * n
 
-    return run
+    def make(n: int) -> None:
+        made.extend(os.dup(0) for _ in range(n))
+
+    return by_the_few(make, run) if name == CLOSE else run
 
 
 # --- the servers -----------------------------------------------------------------------------
 
 
-def serve_pulse(there: int, back: int) -> None:
-    while os.eventfd_read(there) < END:
+def serve_woken(name: str, there: int, back: int, sock: socket.socket) -> None:
+    data = encode_grant(0, 1, 1, 0)
+    while (count := os.eventfd_read(there)) < END:
+        if count >= CLEAR:
+            for _ in range(2 * (count - CLEAR)):
+                sock.recv_into(MESSAGE)
+        elif name == SEND:
+            sock.send(data, SEND_NOW)
         os.eventfd_write(back, 1)
 
 
 def serve(name: str, sock: socket.socket, fd: int) -> None:
     """One session, until its end.  What a rung does not do yet is one look at a flag."""
-    brings, watches, decodes, lends, writes, encodes = (
+    brings, watches, decodes, writes, lends, encodes = (
         RUNGS.index(name) >= RUNGS.index(since)
-        for since in (DESCRIPTOR, EPOLL, DECODE, LEND, LEDGER, ENCODE)
+        for since in (INSTALL, EPOLL, DECODE, LEDGER, LEND, ENCODE)
     )
+    writes = writes and not lends  # the lender does it itself
     lender = Lender(Ledger(bytearray(Ledger.size(*ROOM)), *ROOM))
-    lender.put(None, 0, "x", b"", FD(fd), Kind.FILE, 0)
+    slot = lender.put(None, 0, "x", b"", FD(fd), Kind.FILE, 0).slot
     session = lender.open(Peer(os.geteuid(), os.getegid(), os.getppid()))
-    if not writes:
-        session.record = [0] * SESSION_WORDS  # type: ignore[assignment]
+    record = session.record
     number, receive, ancillary = sock.fileno(), sock.recv_into, rights((fd,))
     data, seq, verb, back, now = encode_grant(0, 1, 1, 0), 0, 0, HEAD.size, 0
     greet(sock)
@@ -205,11 +276,18 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
                 if verb == RETURN:
                     if lends:
                         lender.give_back(session, seq, now)
+                    elif writes:
+                        record[COMMIT] = seq << STATE_BITS | IDLE
                     continue
                 if encodes:
                     now = clock_gettime_ns(CLOCK_BOOTTIME)
                 if lends:
                     lender.borrow(session, seq, fields, now)
+                elif writes:
+                    record[BORROW_SEQ] = seq
+                    record[SINCE] = now
+                    record[WHAT] = fields.shape | slot
+                    record[COMMIT] = seq << STATE_BITS | LENT
                 if watches:
                     ioctl(number, SIOCOUTQ, QUEUED)
                     if queued[0] >= LEAST_QUEUED:
@@ -235,8 +313,8 @@ TOPIC = Topic(
     variants=(
         BASE,
         BASE_C,
-        Variant(SWITCHES, pulse, against="base"),
-        *(Variant(name, partial(rung, name), against="base") for name in RUNGS[1:]),
+        *(Variant(name, partial(woken, name), against="base") for name in RUNGS[:2]),
+        *(Variant(name, partial(rung, name), against="base") for name in RUNGS[2:]),
         Variant(CYCLE, borrow, against="base"),
     ),
     check=C_CHECK,
@@ -246,11 +324,13 @@ TOPIC = Topic(
 
 if __name__ == "__main__":
     name, *numbers = sys.argv[1:]
-    first, second = map(int, numbers)
-    if name == SWITCHES:
-        serve_pulse(first, second)
+    if name in (SWITCHES, SEND):
+        there, back, third = map(int, numbers)
+        with socket.socket(fileno=third) as sock:
+            serve_woken(name, there, back, sock)
     else:
-        with socket.socket(fileno=first) as listener:
+        listening, fd = map(int, numbers)
+        with socket.socket(fileno=listening) as listener:
             sock, _ = listener.accept()
         with sock:
-            serve(name, sock, second)
+            serve(name, sock, fd)

@@ -60,7 +60,7 @@ def kilobytes(pid: int, key: str) -> float:
 def measure() -> Iterator[Figure]:
     with daemon() as (address, pid), Client(address) as client:
         client.stats()
-        yield Figure("the daemon, with one session", "MB of RSS", rss(pid), 16)
+        yield Figure("the daemon, with one session", "MB of RSS", rss(pid), 16, beyond=12)
     with daemon() as (address, pid), lent_file() as file, Client(address) as client:
         client.put("x", file)
         client.borrow("x").close()

@@ -99,6 +99,7 @@ TOPIC = Topic(
             partial(counted, PAIR),
             against="two empty method calls",
             goal=2.4,
+            beyond=2.0,
         ),
         Variant(
             f"incref + decref, {THREADS} threads on one FD",
@@ -111,6 +112,7 @@ TOPIC = Topic(
             partial(counted, "with fd.use(): pass"),
             against="dup + close",
             goal=0.5,
+            beyond=0.4,
         ),
     ),
 )
