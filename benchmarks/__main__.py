@@ -2,7 +2,8 @@
 
 With --json FILE the raw rounds are kept there, without FILE they are printed in its place.
 `python -m benchmarks table FILE` prints the table of an earlier run, `plot FILE FOLDER` draws it,
-`goals FILE ...` says what several reached.  The exit status is 1 if the run is void.
+`goals FILE ...` says what several reached.  A topic that is void is measured again, some times; the
+exit status is 1 if one still is.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from benchmarks import (
     sessions,
     startup,
 )
-from benchmarks.harness import POLICIES, Result, install, machine, place
+from benchmarks.harness import POLICIES, Figures, Result, Topic, install, machine, place
 from benchmarks.plot import plot
 from benchmarks.table import VOID, goals, judge, table
 
 MODULES = cycle, layers, sessions, names, clients, pool, peers, rc, startup, scale, memory
 TOPICS = {module.TOPIC.name: module.TOPIC for module in MODULES}
 PRINTED = Path("-")
+AGAIN = 4  # times that a topic is measured anew because it was void
 FILES = {"table": "FILE", "plot": "FILE and FOLDER", "goals": "FILE ..."}  # what these take
 
 
@@ -59,11 +61,23 @@ def run(asked: argparse.Namespace) -> Result:
     install()
     cpu = None if asked.unpinned else place(asked.cpu, asked.policy)
     result = {"machine": machine(cpu, asked.policy), "rounds": asked.rounds, "topics": {}}
+    again = AGAIN if asked.policy == "batch" else 0  # under another one most are
     for topic in [TOPICS[asked.what]] if asked.what else TOPICS.values():
-        result["topics"][topic.name] = topic.measure(asked.rounds)
+        result["topics"][topic.name] = believable(topic, asked.rounds, again)
         if asked.json not in (None, PRINTED):
             asked.json.write_text(raw(result) + "\n")
     return result
+
+
+def believable(topic: Topic | Figures, rounds: int, again: int) -> Result:
+    """What was measured the first time that it was not void, or the last; what was, is told."""
+    voided: list[str] = []
+    while True:
+        found = topic.measure(rounds) | {"voided": voided}
+        verdict, why = judge(found)
+        if verdict != VOID or len(voided) == again:
+            return found
+        voided.append(why)
 
 
 def raw(result: Result) -> str:

@@ -7,8 +7,8 @@ the ratios.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from threading import Thread
 from timeit import Timer
@@ -18,6 +18,7 @@ from benchmarks.base import lent_file
 from benchmarks.harness import Run, Topic, Variant, needs
 
 UNROLLED = 20
+COPIES = 8  # of a statement and its FD: where these come to lie in memory is worth a fifth
 THREADS = 8
 PAIR = "fd.incref(); fd.decref()"
 
@@ -35,35 +36,39 @@ class Empty:
 
 
 @contextmanager
-def statement(text: str, **names: Any) -> Iterator[Run]:
-    """Runs the text with the names as local variables; n counts how often, in steps of UNROLLED."""
+def statement(text: str, copies: int = COPIES, **names: Callable[[], Any]) -> Iterator[Run]:
+    """Runs the text with what these make as local variables; n counts how often, in steps of
+    copies x UNROLLED."""
     setup = "; ".join(f"{name} = _{name}" for name in names)
     body = "\n".join([text] * UNROLLED)
-    timer = Timer(body, setup, globals={f"_{name}": value for name, value in names.items()})
+    timers = [
+        Timer(body, setup, globals={f"_{name}": make() for name, make in names.items()})
+        for _ in range(copies)
+    ]
 
     def run(n: int) -> None:
-        timer.timeit(n // UNROLLED)
+        for timer in timers:
+            timer.timeit(n // copies // UNROLLED)
 
     yield run
 
 
 @contextmanager
-def counted(text: str) -> Iterator[Run]:
+def counted(text: str, copies: int = COPIES) -> Iterator[Run]:
     """The same on an `fd` of ours."""
     fd_class = needs("fdbroker.rc", "FD")
-    with lent_file() as file:
-        fd = fd_class(os.dup(file.fileno()))
-        try:
-            with statement(text, fd=fd) as run:
-                yield run
-        finally:
-            fd.close()
+    with lent_file() as file, ExitStack() as stack:
+
+        def make() -> Any:
+            return stack.enter_context(closing(fd_class(os.dup(file.fileno()))))
+
+        yield stack.enter_context(statement(text, copies, fd=make))
 
 
 @contextmanager
 def contended() -> Iterator[Run]:
     """Pairs on one FD by several threads at once; n counts those of all."""
-    with counted(PAIR) as pairs:
+    with counted(PAIR, copies=1) as pairs:
 
         def run(n: int) -> None:
             threads = [Thread(target=pairs, args=(n // THREADS,)) for _ in range(THREADS)]
@@ -77,9 +82,10 @@ def contended() -> Iterator[Run]:
 
 @contextmanager
 def duplicated() -> Iterator[Run]:
+    call = "close(dup(n))"
     with (
         lent_file() as file,
-        statement("close(dup(n))", close=os.close, dup=os.dup, n=file.fileno()) as run,
+        statement(call, close=lambda: os.close, dup=lambda: os.dup, n=file.fileno) as run,
     ):
         yield run
 
@@ -91,7 +97,7 @@ TOPIC = Topic(
     variants=(
         Variant(
             "two empty method calls",
-            partial(statement, PAIR, fd=Empty()),
+            partial(statement, PAIR, fd=Empty),
             against="two empty method calls",
         ),
         Variant(

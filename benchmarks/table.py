@@ -40,6 +40,7 @@ def table(result: Result) -> str:
         if topic.get("ladder"):
             lines += [*layers(topic), ""]
         lines += [f"Left out: {one}: {why}." for one, why in topic["left_out"].items()]
+        lines += [f"Measured again, since it was {why}" for why in topic.get("voided", [])]
         lines += [judge(topic)[1]]
     return "\n".join(lines).rstrip()
 
@@ -146,9 +147,16 @@ def judge(topic: Result) -> tuple[str, str]:
     except LookupError:
         why = topic["left_out"].get(check["variant"], "it was not run")
         return UNVERIFIED, f"**unverified**: {check['variant']} is missing ({why})."
-    verdict = SANE if check["low"] <= ratio <= check["high"] else VOID
-    expected = f"{check['low']:.2f}-{check['high']:.2f} expected"
-    return verdict, f"**{verdict}**: {check['variant']} is {ratio:.3f} of its base, {expected}."
+    against = find(topic, check["variant"])["against"]
+    times = micros(find(topic, against))
+    unrest = median(times) / min(times)
+    sane = check["low"] <= ratio <= check["high"] and unrest <= check["steady"]
+    verdict = SANE if sane else VOID
+    return verdict, (
+        f"**{verdict}**: {check['variant']} is {ratio:.3f} of its base, "
+        f"{check['low']:.2f}-{check['high']:.2f} expected; {against} took {unrest:.2f} times its "
+        f"least, at most {check['steady']:.2f} expected."
+    )
 
 
 def ratios(topic: Result, variant: Result) -> list[float]:
