@@ -34,7 +34,7 @@ from benchmarks.table import VOID, goals, judge, table
 MODULES = cycle, layers, sessions, names, clients, pool, peers, rc, startup, scale, memory
 TOPICS = {module.TOPIC.name: module.TOPIC for module in MODULES}
 PRINTED = Path("-")
-AGAIN = 4  # times that a topic is measured anew because it was void
+AGAIN = 9  # times that a topic is measured anew because it was void
 FILES = {"table": "FILE", "plot": "FILE and FOLDER", "goals": "FILE ..."}  # what these take
 
 

@@ -43,7 +43,7 @@ from pathlib import Path
 from benchmarks.base import lent_file
 from benchmarks.crowd import sessions
 from benchmarks.cycle import shared
-from benchmarks.harness import Result
+from benchmarks.harness import Result, field
 from fdbroker import Client
 from fdbroker.descriptors import Kind
 from fdbroker.ipc.listener import Listener
@@ -334,9 +334,12 @@ def measure() -> Result:
 
 
 def build() -> str:
-    """What makes the instructions of a Python what they are, as far as it knows."""
+    """What makes the instructions of a Python what they are, as far as it knows; and which the C
+    library may use under valgrind, to copy and to compare."""
     _, when = platform.python_build()
-    return f"{platform.python_implementation()} {platform.python_version()}, {when}"
+    flags = field(Path("/proc/cpuinfo"), "flags").split()
+    copies_by = next((one for one in ("avx2", "avx") if one in flags), "sse")
+    return f"{platform.python_implementation()} {platform.python_version()}, {when}, {copies_by}"
 
 
 def differences(known: Result, found: Result) -> list[str]:

@@ -64,7 +64,7 @@ class Check:
     variant: str
     low: float
     high: float
-    steady: float = 1.15
+    steady: float = 1.08
 
 
 @dataclass(frozen=True)
