@@ -70,14 +70,13 @@ def run(asked: argparse.Namespace) -> Result:
 
 
 def believable(topic: Topic | Figures, rounds: int, again: int) -> Result:
-    """What was measured the first time that it was not void, or the last; what was, is told."""
-    voided: list[str] = []
+    """What was measured the first time that it was not void, or the last; and what was void."""
+    voided: list[Result] = []
     while True:
-        found = topic.measure(rounds) | {"voided": voided}
-        verdict, why = judge(found)
-        if verdict != VOID or len(voided) == again:
-            return found
-        voided.append(why)
+        found = topic.measure(rounds)
+        if judge(found)[0] != VOID or len(voided) == again:
+            return found | {"voided": voided}
+        voided.append(found)
 
 
 def raw(result: Result) -> str:
@@ -115,6 +114,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"{asked.what or 'a run'} takes {FILES.get(asked.what, 'no file')}")
     if asked.rounds < 2:
         parser.error("a spread takes two rounds at least")
+    if asked.unpinned and asked.cpu is not None:
+        parser.error("--unpinned leaves no CPU to choose")
     if asked.unpinned:
         asked.policy = "other"
     return asked

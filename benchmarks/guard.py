@@ -10,8 +10,8 @@ Times vary with the machine.  These do not, so whoever changes what a cycle cost
 A run with more cycles is compared with one that has fewer, so a start costs nothing; the broker's,
 which is never twice the same, is not in its instructions at all.  It is asked by hand, and has
 slept before each request, or it would be left to chance what it finds when it looks for the next
-one.  Calls are the same everywhere.  Instructions and bytes are those of one build of Python: on
-another one, which the file does not know, they are left out aloud.
+one.  Calls are those of one kind of kernel, instructions and bytes those of one build of Python and
+of what it runs on: where the file does not know these, they are left out aloud.
 
 CPython's cache of methods goes by addresses, and what is where in memory by the length of paths
 and of the environment.  So both are always as long: a copy of the package is measured (`copy`).
@@ -20,6 +20,7 @@ and of the environment.  So both are always as long: a copy of the package is me
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from compileall import compile_dir
 from contextlib import contextmanager, suppress
 from fcntl import ioctl
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -43,7 +45,7 @@ from pathlib import Path
 from benchmarks.base import lent_file
 from benchmarks.crowd import sessions
 from benchmarks.cycle import shared
-from benchmarks.harness import Result, field
+from benchmarks.harness import Result, field, patience
 from fdbroker import Client
 from fdbroker.descriptors import Kind
 from fdbroker.ipc.listener import Listener
@@ -59,13 +61,13 @@ from fdbroker.ipc.messages import (
     template,
 )
 from fdbroker.ipc.server import Server
-from fdbroker.ipc.unix import INT, SIOCOUTQ
+from fdbroker.ipc.unix import INT, SIOCOUTQ, refuse_descriptors
 from fdbroker.lender import Ledger, Lender
 from fdbroker.rc import FD
 
 FILE = Path(__file__).with_name("guard.json")
 FEW, MANY = 100, 600  # cycles
-WARM = 50
+WARM = 300  # the seq is above CPython's small numbers then
 PYTHON = [os.path.realpath(sys.executable), "-S"]  # no environment that was made for it
 ENVIRONMENT = {"PATH": os.defpath, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 STRACE = ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-o"]
@@ -83,15 +85,15 @@ Step = Callable[[], object]
 
 @contextmanager
 def copy() -> Iterator[str]:
-    """A folder, whose name is as long as every other time, with all that is measured."""
+    """A folder, whose name is as long as every other time, with all that is measured in `code`."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         for name in "fdbroker", "benchmarks", "msgpack":
             spec = find_spec(name)
             assert spec is not None
             assert spec.submodule_search_locations is not None
             (where,) = spec.submodule_search_locations
-            shutil.copytree(where, f"{folder}/{name}", ignore=shutil.ignore_patterns("*.pyc"))
-        compile_dir(folder, quiet=1)
+            shutil.copytree(where, f"{folder}/code/{name}", ignore=shutil.ignore_patterns("*.pyc"))
+        compile_dir(f"{folder}/code", quiet=1)
         yield folder
 
 
@@ -143,17 +145,20 @@ def asleep(pid: int) -> bool:
 def serving(folder: str, prefix: Sequence[str] = ()) -> Iterator[int]:
     """A broker of that copy, at `socket` in there, under what `prefix` says, and its own pid."""
     command = ["setarch", "-R", *prefix, *broker(f"{folder}/socket")]
-    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    code = f"{folder}/code"
+    process = subprocess.Popen(command, cwd=code, env=ENVIRONMENT, stdout=subprocess.PIPE)
     with process:
-        assert process.stdout is not None
-        process.stdout.readline()
         pid = process.pid
-        if prefix[:1] == ["strace"]:
-            (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError(f"{' '.join(command)} did not start")
+            if prefix[:1] == ["strace"]:
+                (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
             yield pid
         finally:
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
             process.wait()
 
 
@@ -201,7 +206,9 @@ def instructions_of_client(folder: str) -> int:
 def run_client(folder: str, prefix: list[str], cycles: int) -> None:
     with serving(folder):
         client = [*PYTHON, "-m", "benchmarks.guard", "client", f"{folder}/socket", str(cycles)]
-        subprocess.run(["setarch", "-R", *prefix, *client], check=True, cwd=folder, env=ENVIRONMENT)
+        subprocess.run(
+            ["setarch", "-R", *prefix, *client], check=True, cwd=f"{folder}/code", env=ENVIRONMENT
+        )
 
 
 def calls(found: str) -> Numbers:
@@ -222,7 +229,7 @@ def calls_per_cycle(take: Callable[[str, int], Numbers], folder: str) -> Numbers
 
 
 def per_cycle(few: int, many: int) -> int:
-    """What each cycle more costs.  A broker's threads now and then cost one call more."""
+    """What each cycle more costs, rounded: a broker's threads now and then cost one call more."""
     return round((many - few) / (MANY - FEW))
 
 
@@ -302,6 +309,7 @@ def bytes_of(steps: Sequence[Step], first: Sequence[Step] = ()) -> Numbers:
         for other, step in zip(before_each, steps, strict=True):
             other()
             step()
+    gc.disable()
     tracemalloc.start()
     most = kept = 0
     for _ in range(2):  # what the first one meets was not traced when it came
@@ -314,6 +322,7 @@ def bytes_of(steps: Sequence[Step], first: Sequence[Step] = ()) -> Numbers:
             after, peak = tracemalloc.get_traced_memory()
             most, kept = max(most, peak - before), kept + after - before
     tracemalloc.stop()
+    gc.enable()
     return {"at most": most, "kept": kept}
 
 
@@ -321,40 +330,56 @@ def bytes_of(steps: Sequence[Step], first: Sequence[Step] = ()) -> Numbers:
 
 
 def measure() -> Result:
-    """By kind, and whose: calls are the same everywhere."""
-    found: Result = {"calls": {}, "builds": {build(): {"instructions": {}, "bytes": {}}}}
-    mine = found["builds"][build()]
-    with copy() as folder:
-        found["calls"]["broker"] = calls_per_cycle(calls_of_broker, folder)
-        found["calls"]["client"] = calls_per_cycle(calls_of_client, folder)
+    """Where, by kind, and whose."""
+    calls: Result = {}
+    mine: Result = {"instructions": {}, "bytes": {}}
+    found = {"calls": {kernel(): calls}, "builds": {build(): mine}}
+    with copy() as folder, patience():
+        calls["broker"] = calls_per_cycle(calls_of_broker, folder)
+        calls["client"] = calls_per_cycle(calls_of_client, folder)
         mine["instructions"]["broker"] = instructions_of_broker(folder)
         mine["instructions"]["client"] = instructions_of_client(folder)
         mine["bytes"] = {"broker": bytes_of_broker(), "client": bytes_of_client(folder)}
     return found
 
 
+def kernel() -> str:
+    """What the broker's calls depend on: where descriptors cannot be refused, it must receive with
+    more (`Connection.refuse_descriptors`)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        return "refuses descriptors" if refuse_descriptors(ours) else "cannot refuse descriptors"
+
+
 def build() -> str:
-    """What makes the instructions of a Python what they are, as far as it knows; and which the C
-    library may use under valgrind, to copy and to compare."""
+    """What instructions and bytes depend on: Python, the C library and what that copies and
+    compares by under valgrind, valgrind itself, the kernel."""
     _, when = platform.python_build()
     flags = field(Path("/proc/cpuinfo"), "flags").split()
     copies_by = next((one for one in ("avx2", "avx") if one in flags), "sse")
-    return f"{platform.python_implementation()} {platform.python_version()}, {when}, {copies_by}"
+    valgrind = subprocess.check_output(["valgrind", "--version"], text=True).strip()
+    return ", ".join(
+        (
+            f"{platform.python_implementation()} {platform.python_version()} of {when}",
+            f"{os.confstr('CS_GNU_LIBC_VERSION')} {copies_by}",
+            f"msgpack {version('msgpack')}",
+            f"{valgrind}; {kernel()}",
+        )
+    )
 
 
 def differences(known: Result, found: Result) -> list[str]:
     """One line for each."""
     lines = []
-    if known["calls"] != found["calls"]:
-        lines.append(f"calls: {known['calls']} became {found['calls']}")
-    for name, mine in found["builds"].items():
-        if name not in known["builds"]:
-            print(f"not compared: instructions and bytes of {name}, which is not in {FILE.name}")
-            continue
-        before = known["builds"][name]
-        for what, numbers in mine.items():
-            if before[what] != numbers:
-                lines.append(f"{what}: {before[what]} became {numbers}")
+    for kind in "calls", "builds":
+        for name, mine in found[kind].items():
+            if name not in known[kind]:
+                print(f"not compared: {kind}, as {FILE.name} does not know {name}")
+                continue
+            for what, numbers in mine.items():
+                if known[kind][name][what] != numbers:
+                    before = known[kind][name][what]
+                    lines.append(f"{what}, {kind}: {before} became {numbers}")
     return lines
 
 
@@ -363,13 +388,15 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"to {FILE.name}, for this Python")
     asked = parser.parse_args()
     without = [program for program in PROGRAMS if shutil.which(program, path=os.defpath) is None]
+    if not without and subprocess.run(["setarch", "-R", "true"], check=False).returncode:
+        without = ["the right to fix addresses (personality(2))"]
     if without or EPOLL_WAIT < 0:
-        print(f"not compared: {' and '.join(without) or 'x86-64'} is missing", file=sys.stderr)
-        return 0
+        print(f"not compared: anything; {' and '.join(without) or 'x86-64'} is missing")
+        return int(asked.write)
     known = json.loads(FILE.read_text())
     found = measure()
     if asked.write:
-        found["builds"] = known["builds"] | found["builds"]
+        found = {kind: known[kind] | found[kind] for kind in found}
         FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     lines = [] if asked.write else differences(known, found)
     print(json.dumps(found, indent=1))

@@ -59,7 +59,7 @@ class Variant:
 @dataclass(frozen=True)
 class Check:
     """A ratio that is known beforehand; a run that shows another one is void.  So is one in which
-    what it is against took that much longer than its least: others had the machine's caches."""
+    what it is against took, in the median, so many times what it took in the best tenth."""
 
     variant: str
     low: float

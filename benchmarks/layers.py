@@ -1,20 +1,24 @@
 """Topic `layers`: where the time of a borrow and its return goes.
 
 A ladder: each rung is a real exchange between two processes that does what the one before it does,
-and one thing more, by the broker's own code where there is some.  The last rung of it is a client
-of ours with a server that has no other session and no other verb.  What the broker takes beyond
-that is its loop, and the looks at what may have gone wrong.
+and one thing more, by the broker's own code where there is some.  A layer is what a rung takes
+beyond the one before, so the sum of all is what the last one takes: a client of ours with a server
+that has no other session and no other verb.  What the broker takes beyond that is its loop, and the
+looks at what may have gone wrong.
 
     switches               two eventfds: each process waits for the other
     send                   the request, the answer and the return are sent, and stay in their queues
-    receive                they are received, which is what each process waits for now
+    receive                they are received, which is what each process waits for now, and no more
+                           for eventfds: their four calls have to be added here, and taken from the
+                           switches
     close                  the client closes a descriptor, one of some that it has made before
-    descriptor install     the answer brings that
+    descriptor install     the answer brings that: attached, sent, received and installed
     epoll, unread          the server waits for all it has, and asks whether the last answer was
                            read
-    decode                 what does this peer want; whether it may is known with that
+    decode                 what does this peer want; whether it may was found when it first said
+                           so, and is known with that, so the rules themselves take no time
     ledger                 the words of the loan and of its end, written through
-    rules, quota, count    by the lender: the name, the turn, the quota, the count
+    rules, quota, count    what the lender does: the name, the turn, the quota, the count
     encode                 the answer, with the time
     client                 ours, in place of one written out by hand
 
@@ -24,17 +28,20 @@ made, while the clock does not run.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fcntl import ioctl
 from functools import partial
 from select import EPOLLIN, epoll
 from time import CLOCK_BOOTTIME, clock_gettime_ns
+from typing import BinaryIO
 
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.cycle import borrow, shared
@@ -83,6 +90,7 @@ SWITCHES, SEND, RECEIVE, CLOSE, INSTALL, EPOLL, DECODE, LEDGER, LEND, ENCODE, CL
 CYCLE = "fdbroker"
 ROOM = 16, 16, 16  # of the ledger
 SOME = 32  # cycles, between which the clock stands for what a rung does not count
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 CLEAR, END = 2**16, 2**32  # an eventfd's counts that say so
 
 
@@ -92,17 +100,18 @@ CLEAR, END = 2**16, 2**32  # an eventfd's counts that say so
 @contextmanager
 def woken(name: str) -> Iterator[Run]:
     """The rungs whose processes wake each other by eventfds."""
-    there, back = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    numbers = there, back, theirs.fileno()
-    command = [sys.executable, "-m", "benchmarks.layers", name, *map(str, numbers)]
-    try:
-        with ours, theirs, child(command, pass_fds=numbers):
-            yield pulse(there, back) if name == SWITCHES else sending(there, back, ours)
-            os.eventfd_write(there, END)
-    finally:
-        os.close(there)
-        os.close(back)
+    with ExitStack() as stack:
+        there, back = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(0, os.EFD_CLOEXEC)
+        stack.callback(os.close, there)
+        stack.callback(os.close, back)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(ours)
+        numbers = there, back, theirs.fileno()
+        command = [sys.executable, "-m", "benchmarks.layers", name, *map(str, numbers)]
+        with theirs:
+            stack.enter_context(child(command, pass_fds=numbers))
+        stack.callback(os.eventfd_write, there, END)
+        yield pulse(there, back) if name == SWITCHES else sending(there, back, ours)
 
 
 def pulse(there: int, back: int) -> Run:
@@ -170,12 +179,12 @@ def rung(name: str) -> Iterator[Run]:
         listener.listen()
         numbers = listener.fileno(), file.fileno()
         command = [sys.executable, "-m", "benchmarks.layers", name, *map(str, numbers)]
-        with child(command, pass_fds=numbers), connected(name, address) as run:
+        with child(command, pass_fds=numbers), connected(name, address, file) as run:
             yield run
 
 
 @contextmanager
-def connected(name: str, address: str) -> Iterator[Run]:
+def connected(name: str, address: str, file: BinaryIO) -> Iterator[Run]:
     if name == CLIENT:
         with Client(address) as client:
             yield shared(client)
@@ -184,10 +193,10 @@ def connected(name: str, address: str) -> Iterator[Run]:
         sock.connect(address)
         sock.send(encode([HELLO, 0, VERSION, False]))
         sock.recv(REPLY_BYTES)
-        yield by_hand(name, sock)
+        yield by_hand(name, sock, file.fileno())
 
 
-def by_hand(name: str, sock: socket.socket) -> Run:
+def by_hand(name: str, sock: socket.socket, lent: int) -> Run:
     """What a client must do, and no more."""
     head, tail = template(BORROW, "x", 0, None, "")
     return_head, _ = template(RETURN)
@@ -214,7 +223,7 @@ def by_hand(name: str, sock: socket.socket) -> Run:
         last += 2 * n
 
     def make(n: int) -> None:
-        made.extend(os.dup(0) for _ in range(n))
+        made.extend(os.dup(lent) for _ in range(n))
 
     return by_the_few(make, run) if name == CLOSE else run
 
@@ -223,6 +232,7 @@ def by_hand(name: str, sock: socket.socket) -> Run:
 
 
 def serve_woken(name: str, there: int, back: int, sock: socket.socket) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # an eventfd has no end-of-file
     data = encode_grant(0, 1, 1, 0)
     while (count := os.eventfd_read(there)) < END:
         if count >= CLEAR:

@@ -1,7 +1,7 @@
 """Topic `memory`: what the daemon holds of it, for itself and for each entry, session and loan.
 
-Its memory is what is its own: RssAnon and RssShmem of proc_pid_status(5), the ledger in the second;
-its RSS has the pages of files too, which it shares with every other Python.
+Its memory is what is its own: what it has written to, and no other process has; its RSS has the
+pages of files too, which it shares with every other Python.
 """
 
 from __future__ import annotations

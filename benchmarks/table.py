@@ -6,7 +6,8 @@ file that it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from statistics import median, quantiles
 
 from benchmarks.harness import Result
@@ -40,9 +41,20 @@ def table(result: Result) -> str:
         if topic.get("ladder"):
             lines += [*layers(topic), ""]
         lines += [f"Left out: {one}: {why}." for one, why in topic["left_out"].items()]
-        lines += [f"Measured again, since it was {why}" for why in topic.get("voided", [])]
+        lines += set_aside(topic)
         lines += [judge(topic)[1]]
     return "\n".join(lines).rstrip()
+
+
+def set_aside(topic: Result) -> Iterator[str]:
+    """What was found when it was void, and measured again because of that."""
+    for one in topic["voided"]:
+        ratio = ", ".join(
+            f"{variant['name']} {median(ratios(one, variant)):.3f}"
+            for variant in one["variants"]
+            if wanted(variant)
+        )
+        yield f"Measured again, since it was {judge(one)[1]} It had {ratio or 'no goal'}."
 
 
 def figures(topic: Result) -> Iterator[str]:
@@ -98,21 +110,28 @@ def goals(results: list[Result]) -> str:
         for variant in topics[0]["variants"]:
             if wanted(variant):
                 shares = [ratios(topic, find(topic, variant["name"])) for topic in topics]
-                lines.append(goal_row(name, variant, wanted(variant), shares))
+                void = [judge(topic)[0] == VOID for topic in topics]
+                lines.append(goal_row(name, variant, wanted(variant), shares, void))
     return "\n".join(lines)
 
 
-def goal_row(topic: str, what: Result, goal: str, runs: list[list[float]]) -> str:
-    """Of each run the rounds, or the one figure."""
+def goal_row(
+    topic: str, what: Result, goal: str, runs: list[list[float]], void: Sequence[bool] = ()
+) -> str:
+    """Of each run the rounds, or the one figure; and whether it is void."""
     least, beyond = what.get("least"), what["beyond"]
     worst = max(runs, key=median) if least is None else min(runs, key=median)
     middle = median(worst)
     verdict = f"{middle:,.3f}"
-    if middle > what["goal"] if least is None else middle < least:
+    missed = middle > what["goal"] if least is None else middle < least
+    if missed:
         verdict = f"**{verdict}, not reached**"
     elif beyond is not None and middle <= beyond:
         verdict = f"{verdict}, beyond"
-    each = ", ".join(f"{median(run):,.3f}" for run in runs)
+    each = ", ".join(
+        f"{median(run):,.3f}{' (void)' * is_void}"
+        for run, is_void in zip_longest(runs, void, fillvalue=False)
+    )
     better = "" if beyond is None else f"{beyond:g}"
     quartiles = "" if len(worst) == 1 else spread(worst)
     return f"| {topic} | {what['name']} | {goal} | {better} | {each} | {verdict} | {quartiles} |"
@@ -149,13 +168,13 @@ def judge(topic: Result) -> tuple[str, str]:
         return UNVERIFIED, f"**unverified**: {check['variant']} is missing ({why})."
     against = find(topic, check["variant"])["against"]
     times = micros(find(topic, against))
-    unrest = median(times) / min(times)
+    unrest = median(times) / quantiles(times, n=10, method="inclusive")[0]
     sane = check["low"] <= ratio <= check["high"] and unrest <= check["steady"]
     verdict = SANE if sane else VOID
     return verdict, (
         f"**{verdict}**: {check['variant']} is {ratio:.3f} of its base, "
-        f"{check['low']:.2f}-{check['high']:.2f} expected; {against} took {unrest:.2f} times its "
-        f"least, at most {check['steady']:.2f} expected."
+        f"{check['low']:.2f}-{check['high']:.2f} expected; {against} took {unrest:.2f} times what "
+        f"it took in its best tenth, at most {check['steady']:.2f} expected."
     )
 
 
