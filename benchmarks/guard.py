@@ -302,28 +302,32 @@ def bytes_of_broker() -> Numbers:
 
 
 def bytes_of(steps: Sequence[Step], first: Sequence[Step] = ()) -> Numbers:
-    """What these take at the most, and keep, after they were taken often; `first` come before each
-    of them, and do not count."""
+    """What these take at the most, and keep each time, after they were taken often; `first` come
+    before each of them, and do not count for the most."""
     before_each = first or [lambda: None] * len(steps)
-    for _ in range(WARM):
-        for other, step in zip(before_each, steps, strict=True):
-            other()
-            step()
+
+    def take(times: int) -> int:
+        most = 0
+        for _ in range(times):
+            for other, step in zip(before_each, steps, strict=True):
+                other()
+                tracemalloc.reset_peak()
+                before, _ = tracemalloc.get_traced_memory()
+                step()
+                _, peak = tracemalloc.get_traced_memory()
+                most = max(most, peak - before)
+        return most
+
     gc.disable()
+    take(WARM)
     tracemalloc.start()
-    most = kept = 0
-    for _ in range(2):  # what the first one meets was not traced when it came
-        most = kept = 0
-        for other, step in zip(before_each, steps, strict=True):
-            other()
-            tracemalloc.reset_peak()
-            before, _ = tracemalloc.get_traced_memory()
-            step()
-            after, peak = tracemalloc.get_traced_memory()
-            most, kept = max(most, peak - before), kept + after - before
+    take(FEW)  # what the first ones meet was not traced when it came
+    before, _ = tracemalloc.get_traced_memory()
+    most = take(MANY)
+    after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     gc.enable()
-    return {"at most": most, "kept": kept}
+    return {"at most": most, "kept": round((after - before) / MANY)}
 
 
 # --- the file --------------------------------------------------------------------------------
