@@ -8,9 +8,9 @@ looks at what may have gone wrong.
 
     switches               two eventfds: each process waits for the other
     send                   the request, the answer and the return are sent, and stay in their queues
-    receive                they are received, which is what each process waits for now, and no more
-                           for eventfds: their four calls have to be added here, and taken from the
-                           switches
+    receive                they are received, which is what each process waits for now, in place of
+                           eventfds: so much as their four calls take, this shows too little, and
+                           `switches` too much
     close                  the client closes a descriptor, one of some that it has made before
     descriptor install     the answer brings that: attached, sent, received and installed
     epoll, unread          the server waits for all it has, and asks whether the last answer was
