@@ -38,13 +38,12 @@ from compileall import compile_dir
 from contextlib import contextmanager, suppress
 from fcntl import ioctl
 from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.resources import files
 from itertools import count
 from pathlib import Path
 
 from benchmarks.base import lent_file
 from benchmarks.crowd import sessions
-from benchmarks.cycle import shared
 from benchmarks.harness import Result, field, patience
 from fdbroker import Client
 from fdbroker.descriptors import Kind
@@ -74,6 +73,13 @@ STRACE = ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-o"]
 CALLGRIND = ["valgrind", "-q", "--tool=callgrind"]
 EPOLL_WAIT = {"x86_64": 232}.get(os.uname().machine, -1)
 PROGRAMS = "setarch", "strace", "valgrind"
+CLIENT = """\
+import sys
+from fdbroker import Client
+with Client(sys.argv[1]) as client:
+    for _ in range(int(sys.argv[2])):
+        client.borrow("x").close()
+"""
 MARK = "opendir"  # a function that only `stats` calls, of all that is asked here
 ROOM = 16, 16, 16  # of the ledger
 Numbers = dict[str, int]
@@ -87,12 +93,9 @@ Step = Callable[[], object]
 def copy() -> Iterator[str]:
     """A folder, whose name is as long as every other time, with all that is measured in `code`."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        for name in "fdbroker", "benchmarks", "msgpack":
-            spec = find_spec(name)
-            assert spec is not None
-            assert spec.submodule_search_locations is not None
-            (where,) = spec.submodule_search_locations
-            shutil.copytree(where, f"{folder}/code/{name}", ignore=shutil.ignore_patterns("*.pyc"))
+        for name in "fdbroker", "msgpack":
+            code = f"{folder}/code/{name}"
+            shutil.copytree(str(files(name)), code, ignore=shutil.ignore_patterns("*.pyc"))
         compile_dir(f"{folder}/code", quiet=1)
         yield folder
 
@@ -102,15 +105,9 @@ def broker(address: str) -> list[str]:
     return [*PYTHON, "-m", "fdbroker", *serve]
 
 
-def client(address: str, cycles: int) -> None:
-    """Borrow and return so often."""
-    with Client(address) as client:
-        shared(client)(cycles)
-
-
 def ask(sock: socket.socket, pid: int, seq: int, cycles: int) -> int:
-    """The same by hand, beginning with that seq; before each request the broker sleeps.  The next
-    seq."""
+    """Borrow and return so often, by hand, beginning with that seq; before each request the broker
+    sleeps.  The next seq."""
     head, tail = template(BORROW, "x", 0, None, "")
     return_head, _ = template(RETURN)
     for at in range(seq, seq + 2 * cycles, 2):
@@ -147,7 +144,7 @@ def serving(folder: str, prefix: Sequence[str] = ()) -> Iterator[int]:
     command = ["setarch", "-R", *prefix, *broker(f"{folder}/socket")]
     code = f"{folder}/code"
     process = subprocess.Popen(command, cwd=code, env=ENVIRONMENT, stdout=subprocess.PIPE)
-    with process:
+    with process, patience():
         pid = process.pid
         try:
             assert process.stdout is not None
@@ -205,7 +202,7 @@ def instructions_of_client(folder: str) -> int:
 
 def run_client(folder: str, prefix: list[str], cycles: int) -> None:
     with serving(folder):
-        client = [*PYTHON, "-m", "benchmarks.guard", "client", f"{folder}/socket", str(cycles)]
+        client = [*PYTHON, "-c", CLIENT, f"{folder}/socket", str(cycles)]
         subprocess.run(
             ["setarch", "-R", *prefix, *client], check=True, cwd=f"{folder}/code", env=ENVIRONMENT
         )
@@ -338,7 +335,7 @@ def measure() -> Result:
     calls: Result = {}
     mine: Result = {"instructions": {}, "bytes": {}}
     found = {"calls": {kernel(): calls}, "builds": {build(): mine}}
-    with copy() as folder, patience():
+    with copy() as folder:
         calls["broker"] = calls_per_cycle(calls_of_broker, folder)
         calls["client"] = calls_per_cycle(calls_of_client, folder)
         mine["instructions"]["broker"] = instructions_of_broker(folder)
@@ -381,8 +378,8 @@ def differences(known: Result, found: Result) -> list[str]:
                 print(f"not compared: {kind}, as {FILE.name} does not know {name}")
                 continue
             for what, numbers in mine.items():
-                if known[kind][name][what] != numbers:
-                    before = known[kind][name][what]
+                before = known[kind][name][what]
+                if before != numbers:
                     lines.append(f"{what}, {kind}: {before} became {numbers}")
     return lines
 
@@ -410,7 +407,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["client"]:
-        client(sys.argv[2], int(sys.argv[3]))
-        sys.exit()
     sys.exit(main())

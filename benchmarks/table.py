@@ -6,8 +6,7 @@ file that it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator
 from statistics import median, quantiles
 
 from benchmarks.harness import Result
@@ -105,22 +104,24 @@ def goals(results: list[Result]) -> str:
                 if figure["goal"] is not None:
                     values = [find(topic, figure["name"], "figures")["value"] for topic in topics]
                     goal = f"{figure['goal']:g} {figure['unit']}"
-                    lines.append(goal_row(name, figure, goal, [[value] for value in values]))
+                    lines.append(
+                        goal_row(name, figure, goal, [([value], False) for value in values])
+                    )
             continue
         for variant in topics[0]["variants"]:
             if wanted(variant):
-                shares = [ratios(topic, find(topic, variant["name"])) for topic in topics]
-                void = [judge(topic)[0] == VOID for topic in topics]
-                lines.append(goal_row(name, variant, wanted(variant), shares, void))
+                runs = [
+                    (ratios(topic, find(topic, variant["name"])), judge(topic)[0] == VOID)
+                    for topic in topics
+                ]
+                lines.append(goal_row(name, variant, wanted(variant), runs))
     return "\n".join(lines)
 
 
-def goal_row(
-    topic: str, what: Result, goal: str, runs: list[list[float]], void: Sequence[bool] = ()
-) -> str:
+def goal_row(topic: str, what: Result, goal: str, runs: list[tuple[list[float], bool]]) -> str:
     """Of each run the rounds, or the one figure; and whether it is void."""
     least, beyond = what.get("least"), what["beyond"]
-    worst = max(runs, key=median) if least is None else min(runs, key=median)
+    worst = (max if least is None else min)((rounds for rounds, _ in runs), key=median)
     middle = median(worst)
     verdict = f"{middle:,.3f}"
     missed = middle > what["goal"] if least is None else middle < least
@@ -128,10 +129,7 @@ def goal_row(
         verdict = f"**{verdict}, not reached**"
     elif beyond is not None and middle <= beyond:
         verdict = f"{verdict}, beyond"
-    each = ", ".join(
-        f"{median(run):,.3f}{' (void)' * is_void}"
-        for run, is_void in zip_longest(runs, void, fillvalue=False)
-    )
+    each = ", ".join(f"{median(rounds):,.3f}{' (void)' * void}" for rounds, void in runs)
     better = "" if beyond is None else f"{beyond:g}"
     quartiles = "" if len(worst) == 1 else spread(worst)
     return f"| {topic} | {what['name']} | {goal} | {better} | {each} | {verdict} | {quartiles} |"
