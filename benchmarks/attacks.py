@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable
 
 import fdbroker
-import fdbroker.ipc.client  # before anybody is a user who cannot read it
-import fdbroker.ipc.shared
+import fdbroker.ipc.client.client  # before anybody is a user who cannot read it
+import fdbroker.ipc.client.shared
 from benchmarks.subjects import (
     CROWD,
     EACH,

@@ -47,8 +47,7 @@ from benchmarks.crowd import sessions
 from benchmarks.harness import Result, field, patience
 from fdbroker import Client
 from fdbroker.descriptors import Kind
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.messages import (
+from fdbroker.ipc.protocol.messages import (
     BORROW,
     HEAD,
     HELLO,
@@ -59,8 +58,9 @@ from fdbroker.ipc.messages import (
     encode,
     template,
 )
-from fdbroker.ipc.server import Server
-from fdbroker.ipc.unix import INT, SIOCOUTQ, refuse_descriptors
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix import INT, SIOCOUTQ, refuse_descriptors
 from fdbroker.lender import Ledger, Lender
 from fdbroker.rc import FD
 

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fdbroker.ipc.messages import BORROW, HEAD, RETURN, encode, template
+from fdbroker.ipc.protocol.messages import BORROW, HEAD, RETURN, encode, template
 
 GOOD, HOSTILE, OWN = 60_001, 60_002, 0
 BROKER_CPU, HOSTILE_CPU = 0, 1
@@ -64,7 +64,7 @@ verbs = ["borrow", "put", "list"]
 def broker(folder: str) -> None:
     """Serve, and note when each answer to the good client was sent."""
     from fdbroker.daemon.serve import serve
-    from fdbroker.ipc.server import Server
+    from fdbroker.ipc.server.server import Server
 
     os.sched_setaffinity(0, {BROKER_CPU})
     with open(f"{folder}/times", "r+b") as file:

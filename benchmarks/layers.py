@@ -48,9 +48,7 @@ from benchmarks.cycle import borrow, shared
 from benchmarks.harness import Run, Topic, Variant, child
 from fdbroker import Client
 from fdbroker.descriptors import Kind
-from fdbroker.ipc.connection import MESSAGE
-from fdbroker.ipc.loop import EVENTS
-from fdbroker.ipc.messages import (
+from fdbroker.ipc.protocol.messages import (
     BORROW,
     GRANTED,
     HEAD,
@@ -68,10 +66,20 @@ from fdbroker.ipc.messages import (
     remember,
     template,
 )
-from fdbroker.ipc.unix import INT, LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued, rights
+from fdbroker.ipc.server.connection import MESSAGE
+from fdbroker.ipc.server.event_loop import EVENTS
+from fdbroker.ipc.transport.unix import (
+    INT,
+    LEAST_QUEUED,
+    QUEUED,
+    SEND_NOW,
+    SIOCOUTQ,
+    queued,
+    rights,
+)
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SINCE, STATE_BITS, WHAT
-from fdbroker.lender.parts import IDLE, LENT, Peer
+from fdbroker.lender.model import IDLE, LENT, Peer
 from fdbroker.rc import FD
 
 SWITCHES, SEND, RECEIVE, CLOSE, INSTALL, EPOLL, DECODE, LEDGER, LEND, ENCODE, CLIENT = RUNGS = (

@@ -21,7 +21,7 @@ from benchmarks.cycle import shared
 from benchmarks.harness import Figure, Figures, child, field
 from benchmarks.stocked import stocked
 from fdbroker import Client
-from fdbroker.ipc.messages import BORROW, encode
+from fdbroker.ipc.protocol.messages import BORROW, encode
 
 MANY = 4000
 CYCLES = 1_000_000

@@ -20,10 +20,10 @@ from benchmarks.memory import daemon
 from benchmarks.stocked import stocked
 from fdbroker import Client
 from fdbroker.descriptors import Kind
-from fdbroker.ipc.messages import BORROW, encode
+from fdbroker.ipc.protocol.messages import BORROW, encode
 from fdbroker.lender import Ledger, Lender
-from fdbroker.lender.load import load
-from fdbroker.lender.parts import Peer, Wish
+from fdbroker.lender.model import LoanRequest, Peer
+from fdbroker.lender.recovery import load
 from fdbroker.rc import FD
 
 CONFIGURED = 10_000
@@ -115,10 +115,10 @@ def ledger() -> Iterator[Figure]:
             lender.put(None, 0, f"n{number}", b"", fd, Kind.MEMFD, 0, uid=PEER.uid)
         yield Figure(f"a put, of {NAMES:,}", "µs", 1e6 * (time.perf_counter() - began) / NAMES)
         crowd = [lender.open(PEER) for _ in range(SESSIONS)]
-        wishes = [Wish((f"n{10 * number}",)) for number in range(SESSIONS)]
+        requests = [LoanRequest((f"n{10 * number}",)) for number in range(SESSIONS)]
         began = time.perf_counter()
-        for session, wish in zip(crowd, wishes, strict=True):
-            lender.borrow(session, 1, wish, 0)
+        for session, request in zip(crowd, requests, strict=True):
+            lender.borrow(session, 1, request, 0)
         each = 1e6 * (time.perf_counter() - began) / SESSIONS
         yield Figure(f"a borrow, of {SESSIONS:,}", "µs", each)
         peers = dict.fromkeys((session.slot for session in crowd), PEER)

@@ -19,7 +19,7 @@ from threading import Thread
 from benchmarks.harness import child
 from fdbroker.daemon.serve import serve
 from fdbroker.descriptors import Kind
-from fdbroker.ipc.server import Server
+from fdbroker.ipc.server.server import Server
 from fdbroker.rc import FD
 
 

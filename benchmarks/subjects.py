@@ -32,7 +32,7 @@ GOOD, CROWD = 64_561, 64_562  # uids without an account; 60 more begin with
 EACH = 64_600
 HOLDERS = 64_700  # so do those who hold all room
 KEPT = ("kept0", "kept1", "kept2")  # the entries that must not be lost
-HELLO, BORROW, ENTRIES = 0, 1, 7  # verbs of fdbroker/ipc/messages.py
+HELLO, BORROW, ENTRIES = 0, 1, 7  # verbs of fdbroker/ipc/protocol/messages.py
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Broker": "fdbroker.embedded",
-    "Client": "fdbroker.ipc.client",
-    "Loan": "fdbroker.ipc.loan",
-    "SharedFD": "fdbroker.ipc.shared",
+    "Client": "fdbroker.ipc.client.client",
+    "Loan": "fdbroker.ipc.client.loan",
+    "SharedFD": "fdbroker.ipc.client.shared",
     "attach": "fdbroker.default",
     "borrow": "fdbroker.default",
     "put": "fdbroker.default",
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from fdbroker.default import borrow as borrow
     from fdbroker.default import put as put
     from fdbroker.embedded import Broker as Broker
-    from fdbroker.ipc.client import Client as Client
-    from fdbroker.ipc.loan import Loan as Loan
-    from fdbroker.ipc.shared import SharedFD as SharedFD
+    from fdbroker.ipc.client.client import Client as Client
+    from fdbroker.ipc.client.loan import Loan as Loan
+    from fdbroker.ipc.client.shared import SharedFD as SharedFD
 
 
 def __getattr__(name: str) -> Any:

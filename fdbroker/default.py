@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fdbroker.ipc.address import default_address
-from fdbroker.ipc.client import Client, client_at
+from fdbroker.ipc.client.client import Client, client_at
+from fdbroker.ipc.transport.address import default_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from fdbroker.ipc.client import HasFileno
-    from fdbroker.ipc.loan import Loan
+    from fdbroker.ipc.client.client import HasFileno
+    from fdbroker.ipc.client.loan import Loan
 
 _address: str | None = None
 

@@ -19,8 +19,8 @@ import warnings
 from typing import NoReturn
 
 from fdbroker.errors import BrokerStartError
-from fdbroker.ipc.client import Client, forget_client_at
-from fdbroker.ipc.pool import cut_off
+from fdbroker.ipc.client.client import Client, forget_client_at
+from fdbroker.ipc.client.pool import cut_off
 
 START_SECONDS = 30.0
 END_SECONDS = 5.0  # beside the drain, for the process to end

@@ -31,7 +31,7 @@ from fdbroker.errors import UnsupportedKind
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
-    from fdbroker.ipc.client import HasFileno
+    from fdbroker.ipc.client.client import HasFileno
 
 OPENINGS = 10_000  # of files that are remembered, the last ones
 FRAMES = 10  # of a stack that are remembered, the innermost
@@ -164,11 +164,11 @@ def _kept_for_life() -> set[int]:
             value = getattr(value, attribute, None)
         if isinstance(value, int):
             numbers.add(value)
-    if "fdbroker.ipc.wire" in sys.modules:
-        from fdbroker.ipc import forks
-        from fdbroker.ipc.wire import Wire
+    if "fdbroker.ipc.client.connection" in sys.modules:
+        from fdbroker.ipc.client import fork
+        from fdbroker.ipc.client.connection import Wire
 
-        for session in list(forks.sessions):
+        for session in list(fork.sessions):
             if isinstance(session, Wire) and not session.over:
                 numbers.add(session.sock.fileno())
     return numbers

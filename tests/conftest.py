@@ -132,7 +132,7 @@ def stderr_to(file: IO[str]) -> Iterator[None]:
 
 def let_go(broker: fdbroker.Broker) -> None:
     """End what a process keeps for its brokers until it ends: idle sessions, owners."""
-    from fdbroker.ipc import client, pool, wire
+    from fdbroker.ipc.client import client, connection, pool
 
     gc.collect()
     for other in [broker, *client._clients.values()]:
@@ -141,8 +141,8 @@ def let_go(broker: fdbroker.Broker) -> None:
                 sessions.pop().end()
     client._clients.clear()
     pool._owning.clear()
-    while wire.until_exit:
-        wire.until_exit.pop().end()
+    while connection.until_exit:
+        connection.until_exit.pop().end()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 
 import fdbroker
-from fdbroker.ipc import unix
+from fdbroker.ipc.transport import unix
 
 PATIENCE = 20.0  # seconds; what takes longer has failed
 kept: dict[str, Any] = {}  # what the functions of another process leave for the next ones

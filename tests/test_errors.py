@@ -25,11 +25,11 @@ import fdbroker
 from fdbroker import errors, openers
 from fdbroker.daemon.serve import serve
 from fdbroker.errors import FDBrokerError, NoBroker, by_code
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.messages import LOANS, STATS, check_reply, decode_reply, encode_error
-from fdbroker.ipc.pool import Pool
-from fdbroker.ipc.server import Server
-from fdbroker.ipc.session import Session
+from fdbroker.ipc.client.pool import Pool
+from fdbroker.ipc.client.session import Session
+from fdbroker.ipc.protocol.messages import LOANS, STATS, check_reply, decode_reply, encode_error
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport.listener import Listener
 from fdbroker.lender import Ledger, Lender
 from fdbroker.rc import FD
 
@@ -459,7 +459,7 @@ def say_what_is_in_no_table(address: str) -> None:
 
 @raises(errors.VersionMismatch)
 def be_of_another_version(address: str) -> None:
-    from fdbroker.ipc import messages
+    from fdbroker.ipc.protocol import messages
 
     messages.VERSION = 2
     fdbroker.Client(address).stats()

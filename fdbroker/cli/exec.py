@@ -13,6 +13,7 @@ import sys
 from _signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # type: ignore[import-not-found]
 from time import monotonic, sleep
 
+from fdbroker._lazy import suppress
 from fdbroker.cli import placing
 from fdbroker.cli.output import printable
 from fdbroker.cli.status import CANNOT_EXECUTE, NOT_FOUND, Misuse, status_of
@@ -26,8 +27,7 @@ from fdbroker.errors import (
     NoBroker,
     UnknownEntry,
 )
-from fdbroker.ipc.client import Client
-from fdbroker.lean import suppress
+from fdbroker.ipc.client.client import Client
 from fdbroker.lender.names import check_name
 
 TYPE_CHECKING = False
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import NoReturn
 
-    from fdbroker.ipc.loan import Loan
+    from fdbroker.ipc.client.loan import Loan
 
 FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 IGNORED_BY_PYTHON = SIGPIPE, SIGXFSZ  # at its start, and an exec would pass that on (signal(7))

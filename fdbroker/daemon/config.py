@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker import openers
 from fdbroker.errors import BadAddress, BadName, BadResource, ConfigError
-from fdbroker.ipc.address import check_path
+from fdbroker.ipc.transport.address import check_path
+from fdbroker.lender.accounting import DEFAULT, NO_LIMIT, WHAT, Quota
 from fdbroker.lender.names import check_name
-from fdbroker.lender.quotas import DEFAULT, NO_LIMIT, WHAT, Quota
 from fdbroker.lender.rules import Rule
 
 if TYPE_CHECKING:

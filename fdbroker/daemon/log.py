@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from queue import SimpleQueue
 
-from fdbroker.ipc.workers import start_thread
+from fdbroker.ipc.server.worker_pool import start_thread
 
 QUEUE_BYTES = 64 * 1024  # as much again as a pipe takes (pipe(7))
 LINE_BYTES = 8 * 1024  # of one record, with its traceback

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker import descriptors, openers
 from fdbroker.daemon import config
 from fdbroker.errors import BadResource, BrokerFull, FDBrokerError, UnsupportedKind
-from fdbroker.ipc.workers import APART, CLOSING, Job
+from fdbroker.ipc.server.worker_pool import APART, CLOSING, Job
 from fdbroker.lender.names import check_name
 from fdbroker.rc import FD
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from fdbroker.daemon.config import Config, Resource
     from fdbroker.daemon.systemd import Handed, Manager
-    from fdbroker.ipc.server import Server
-    from fdbroker.lender.parts import Entry
+    from fdbroker.ipc.server.server import Server
+    from fdbroker.lender.model import Entry
 
 log = logging.getLogger("fdbroker")
 

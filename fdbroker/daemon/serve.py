@@ -37,9 +37,9 @@ from fdbroker.daemon.resources import (
 )
 from fdbroker.daemon.systemd import Manager, take_handed_over, take_own
 from fdbroker.errors import BadResource
-from fdbroker.ipc.address import default_address
-from fdbroker.ipc.listener import PRIVATE, Listener
-from fdbroker.ipc.server import Server
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport.address import default_address
+from fdbroker.ipc.transport.listener import PRIVATE, Listener
 from fdbroker.lender import Ledger, Lender
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import time
 from typing import NamedTuple
 
 from fdbroker.errors import BadResource
-from fdbroker.ipc.address import default_address
+from fdbroker.ipc.transport.address import default_address
 
 FIRST = 3  # SD_LISTEN_FDS_START
 UNNAMED = ("", "unknown")  # sd_listen_fds_with_names(3)

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
     from fdbroker.lender.ledger import Ledger
     from fdbroker.lender.lender import Lender
-    from fdbroker.lender.parts import Entry, Peer, Session, Wish
+    from fdbroker.lender.model import Entry, LoanRequest, Peer, Session
 
 _HOMES = {
-    "Entry": "parts",
+    "Entry": "model",
     "Ledger": "ledger",
     "Lender": "lender",
-    "Peer": "parts",
-    "Session": "parts",
-    "Wish": "parts",
+    "Peer": "model",
+    "Session": "model",
+    "LoanRequest": "model",
 }
-__all__ = ["Entry", "Ledger", "Lender", "Peer", "Session", "Wish"]
+__all__ = ["Entry", "Ledger", "Lender", "LoanRequest", "Peer", "Session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,6 @@ from fdbroker.errors import (
     UnknownTicket,
     WouldDeadlock,
 )
-from fdbroker.lender.books import REASON_CHARS, Books
 from fdbroker.lender.ledger import (
     ARRIVAL,
     BORROW_SEQ,
@@ -35,8 +34,7 @@ from fdbroker.lender.ledger import (
     WHAT,
     EntryRecord,
 )
-from fdbroker.lender.names import check_name
-from fdbroker.lender.parts import (
+from fdbroker.lender.model import (
     CLOSING,
     EPHEMERAL,
     FREE,
@@ -44,14 +42,16 @@ from fdbroker.lender.parts import (
     LENT,
     LIVE,
     NAMELESS,
-    NO_WISH,
+    NO_REQUEST,
     RETIRING,
     WAITING,
     Entry,
+    LoanRequest,
     Peer,
     Session,
-    Wish,
 )
+from fdbroker.lender.names import check_name
+from fdbroker.lender.state import REASON_CHARS, LenderState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from fdbroker.rc import FD
 
 
-class Lender(Books):
+class Lender(LenderState):
     """The events of one broker."""
 
     # --- sessions ---
@@ -99,7 +99,7 @@ class Lender(Books):
 
     # --- borrowing ---
 
-    def borrow(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
+    def borrow(self, session: Session, seq: int, request: LoanRequest, now: int) -> bool:
         """Grant a loan of all that is wished for: True; or put it in the line: False.
 
         Raises `UnknownEntry`, `UnknownTicket`, `WouldDeadlock`, `BrokerFull`, `QuotaExceeded`, and
@@ -108,47 +108,47 @@ class Lender(Books):
         if session.state != IDLE:
             raise out_of_turn(session, "a session carries one loan, or one wait")
         account = session.account
-        if account.loans + wish.count > account.most_loans:  # before any of the names costs time
-            self.quotas.check(account, "loans", wish.count)
-        names, exclusive, entries = self.names, wish.exclusive, []
-        for name in wish.names:
+        if account.loans + request.count > account.most_loans:  # before any of the names costs time
+            self.quotas.check(account, "loans", request.count)
+        names, exclusive, entries = self.names, request.exclusive, []
+        for name in request.names:
             try:
                 entry = names[name]  # type: ignore[index]
             except KeyError:
                 entry = self.find(name)
             if entry.held_exclusively or entry.turns:
-                return self._stand_in_line(session, seq, wish, now)
+                return self._stand_in_line(session, seq, request, now)
             if exclusive and (entry.holders or entry.line):
-                return self._stand_in_line(session, seq, wish, now)
+                return self._stand_in_line(session, seq, request, now)
             entries.append(entry)
-        if wish.has_more:
-            self._note_more(session, wish, entries)
+        if request.needs_extra_records:
+            self._note_more(session, request, entries)
         record = session.record
         record[BORROW_SEQ] = session.borrow_seq = session.seq = seq
         record[SINCE] = session.since = now
-        record[WHAT] = wish.shape | entries[0].slot
-        session.wish, session.entries, session.state = wish, entries, LENT
+        record[WHAT] = request.shape | entries[0].slot
+        session.request, session.entries, session.state = request, entries, LENT
         record[COMMIT] = seq << STATE_BITS | LENT
         self.hold(session)
         return True
 
-    def _stand_in_line(self, session: Session, seq: int, wish: Wish, now: int) -> bool:
+    def _stand_in_line(self, session: Session, seq: int, request: LoanRequest, now: int) -> bool:
         """It cannot be granted at once."""
-        entries = [self.find(name) for name in wish.names]
-        self._refuse_wait(session, wish, entries, now)
-        if wish.has_more:
-            self._note_more(session, wish, entries)
+        entries = [self.find(name) for name in request.names]
+        self._refuse_wait(session, request, entries, now)
+        if request.needs_extra_records:
+            self._note_more(session, request, entries)
         record = session.record
         record[BORROW_SEQ] = session.borrow_seq = session.seq = seq
-        record[WHAT] = wish.shape | entries[0].slot
+        record[WHAT] = request.shape | entries[0].slot
         record[ARRIVAL] = session.arrival = self.ledger.count(NEXT_ARRIVAL)
-        session.wish, session.entries = wish, entries
-        self._ask(session, seq, now, wish.timeout)
+        session.request, session.entries = request, entries
+        self._ask(session, seq, now, request.timeout)
         self._commit(session, WAITING)
         self.stand_in_line(session)
         return False
 
-    def _note_more(self, session: Session, wish: Wish, entries: list[Entry]) -> None:
+    def _note_more(self, session: Session, request: LoanRequest, entries: list[Entry]) -> None:
         """Write what most loans have not; `BrokerFull`, `QuotaExceeded`: nothing was noted."""
         if len(entries) > 1:
             self.quotas.check_members(session.account, len(entries) - 1)
@@ -156,23 +156,23 @@ class Lender(Books):
             self.ledger.write_cells(session.cells, [entry.slot for entry in entries[1:]])
             session.record[CELL] = session.cells[0]
             self.quotas.add_members(session.account, len(session.cells))
-        if wish.purpose_bytes:
-            self.ledger.write_purpose(session.slot, wish.purpose_bytes)
+        if request.purpose_bytes:
+            self.ledger.write_purpose(session.slot, request.purpose_bytes)
 
     def give_back(self, session: Session, seq: int, now: int) -> bool:
         """A RETURN, or whatever else ends a loan: whether others are concerned.  `ProtocolError` if
         there is none."""
-        wish, entries, slot = session.wish, session.entries, session.slot
+        request, entries, slot = session.request, session.entries, session.slot
         if session.state != LENT:
             raise out_of_turn(session, "a return without a loan")
         session.seq, session.state = seq, IDLE
-        session.wish, session.entries = NO_WISH, ()
+        session.request, session.entries = NO_REQUEST, ()
         session.record[COMMIT] = seq << STATE_BITS | IDLE
         session.account.loans -= len(entries)
         for entry in entries:
             entry.fd.decref()
             entry.holders.pop(slot, None)  # it is not there again where two names are alike
-        if wish.exclusive:
+        if request.exclusive:
             for entry in entries:
                 entry.held_exclusively = False
         if session.cells:
@@ -180,7 +180,7 @@ class Lender(Books):
         if not self.waiting and not self.retiring:  # so nobody waits for any of these
             return False
         if any(entry.line or entry.state == RETIRING for entry in entries):
-            self._end_concerns(wish, entries, now)
+            self._end_concerns(request, entries, now)
             return True
         return False
 

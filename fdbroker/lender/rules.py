@@ -31,7 +31,7 @@ from collections.abc import Collection, Iterable
 from fnmatch import translate
 from typing import NamedTuple
 
-from fdbroker.lender.quotas import DEFAULT, Quota
+from fdbroker.lender.accounting import DEFAULT, Quota
 
 VERBS = frozenset({"borrow", "put", "retire", "list", "admin"})
 READ = "read"  # to borrow with mode="r", which every rule for `borrow` allows too

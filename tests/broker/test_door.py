@@ -8,15 +8,15 @@ import socket
 
 from support import BORROW, RETURN, Raw, start_fork, wait_until
 
-from fdbroker.ipc import unix
+from fdbroker.ipc.transport import unix
 
 from .planted import broker_with
 
 SOON = 5.0
 EXCLUSIVE = [1, None, ""]  # the fields of such a borrow after the name
 SHORT = """
-    from fdbroker.ipc import door
-    door.HELLO_TIME = 300_000_000  # nanoseconds
+    from fdbroker.ipc.server import acceptor
+    acceptor.HELLO_TIME = 300_000_000  # nanoseconds
 """
 
 

@@ -333,10 +333,11 @@ def test_a_mistake_of_the_brokers_own_costs_one_session(temp):
     with Puppet(stderr=subprocess.PIPE) as server, Puppet() as borrower:
         server.begin(f"""
             from fdbroker.daemon.serve import serve
-            from fdbroker.ipc import messages, verbs
+            from fdbroker.ipc.protocol import messages
+            from fdbroker.ipc.server import handlers
             def stats(*_):
                 raise ValueError("planted")
-            verbs.HANDLERS[messages.STATS] = stats
+            handlers.HANDLERS[messages.STATS] = stats
             serve({address!r})
         """)
         wait_until(lambda: is_served(address))

@@ -14,8 +14,8 @@ import pytest
 from support import in_fork
 
 from fdbroker.errors import AlreadyServing, BadAddress
-from fdbroker.ipc.address import PATH_BYTES
-from fdbroker.ipc.listener import Listener
+from fdbroker.ipc.transport.address import PATH_BYTES
+from fdbroker.ipc.transport.listener import Listener
 
 from .puppet import is_served
 

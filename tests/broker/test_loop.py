@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fdbroker.ipc.loop import Loop
+from fdbroker.ipc.server.event_loop import Loop
 from fdbroker.lender import Ledger, Lender
 
 ROOM = 1, 1, 1

@@ -16,8 +16,8 @@ from support import open_files, wait_until
 
 import fdbroker
 from fdbroker.errors import TooManyFiles
-from fdbroker.ipc import unix
-from fdbroker.ipc.messages import HELLO, VERSION, encode
+from fdbroker.ipc.protocol.messages import HELLO, VERSION, encode
+from fdbroker.ipc.transport import unix
 
 from .puppet import Process, Puppet
 

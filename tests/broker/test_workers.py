@@ -19,10 +19,10 @@ from support import BORROW, CANCEL, PUT, STATS, Raw, open_files, stopped, target
 
 import fdbroker
 from fdbroker.errors import BrokerGone, CloseFailed, RetireTimeout
-from fdbroker.ipc.jobs import Discard
-from fdbroker.ipc.messages import EPHEMERAL, READONLY
-from fdbroker.ipc.workers import LANES, THREADS, Job, Lane
-from fdbroker.lender.quotas import Account
+from fdbroker.ipc.protocol.messages import EPHEMERAL, READONLY
+from fdbroker.ipc.server.jobs import Discard
+from fdbroker.ipc.server.worker_pool import LANES, THREADS, Job, Lane
+from fdbroker.lender.accounting import Account
 
 from .planted import broker_with
 from .puppet import Puppet
@@ -108,7 +108,7 @@ def test_while_looking_hangs_closing_goes_on(tmp_path, stuck, data_file):
 
 
 NO_ROOM = """
-    from fdbroker.lender.quotas import Quotas
+    from fdbroker.lender.accounting import Quotas
     Quotas.has_room = lambda self, account, count: False
 """
 
@@ -266,7 +266,7 @@ def test_a_close_that_fails_in_a_thread_is_the_end_of_its_entry(tmp_path, data_f
 
 def test_a_mistake_at_the_end_of_a_job_costs_no_other_job(tmp_path, data_file):
     plant = """
-        from fdbroker.ipc.jobs import Close
+        from fdbroker.ipc.server.jobs import Close
         finish = Close.finish
         def fail(self, server):
             finish(self, server)

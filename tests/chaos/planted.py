@@ -9,33 +9,35 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fdbroker.ipc import unix
-from fdbroker.ipc.jobs import Close
-from fdbroker.lender.books import Books
+from fdbroker.ipc.server.jobs import Close
+from fdbroker.ipc.transport import unix
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import Entry, Session, Wish
+from fdbroker.lender.model import Entry, LoanRequest, Session
+from fdbroker.lender.state import LenderState
 
 
 def everybody_at_once() -> None:
     """An exclusive loan excludes nobody."""
 
-    def hold(self: Books, session: Session) -> None:
+    def hold(self: LenderState, session: Session) -> None:
         correctly(self, session)
         for entry in session.entries:
             entry.held_exclusively = False
 
-    correctly, Books.hold = Books.hold, hold  # type: ignore[method-assign]
-    Books._is_held = staticmethod(lambda entry, wish: False)  # type: ignore[method-assign]
+    correctly, LenderState.hold = LenderState.hold, hold  # type: ignore[method-assign]
+    LenderState._is_held = staticmethod(lambda entry, request: False)  # type: ignore[method-assign]
 
 
 def another_one() -> None:
     """Now and then another entry than the one that was asked for."""
 
-    def borrow(self: Lender, session: Session, seq: int, wish: Wish, now: int) -> bool:
+    def borrow(self: Lender, session: Session, seq: int, request: LoanRequest, now: int) -> bool:
         self.__dict__["asked"] = asked = self.__dict__.get("asked", 0) + 1
-        if asked % 20 == 0 and len(wish.names) == 1 and not wish.exclusive:
-            wish = Wish(("common/memory",), False, wish.readonly, wish.timeout, wish.purpose)
-        return correctly(self, session, seq, wish, now)
+        if asked % 20 == 0 and len(request.names) == 1 and not request.exclusive:
+            request = LoanRequest(
+                ("common/memory",), False, request.readonly, request.timeout, request.purpose
+            )
+        return correctly(self, session, seq, request, now)
 
     correctly, Lender.borrow = Lender.borrow, borrow  # type: ignore[method-assign]
 

@@ -22,8 +22,8 @@ from typing import Any
 import msgpack
 
 from fdbroker.errors import FDBrokerError
-from fdbroker.lender import Entry, Ledger, Lender, Peer, Session, Wish
-from fdbroker.lender.quotas import WHAT, Account, Quota, Quotas
+from fdbroker.lender import Entry, Ledger, Lender, LoanRequest, Peer, Session
+from fdbroker.lender.accounting import WHAT, Account, Quota, Quotas
 from fdbroker.rc import FD
 
 EVENTS = (
@@ -60,7 +60,7 @@ def extension(value: Any) -> Any:
             kind, fields = SESSION, [value.slot, value.id]
         case Entry():
             kind, fields = ENTRY, [value.slot, value.generation]
-        case Wish():
+        case LoanRequest():
             names, flags = list(value.names), [value.exclusive, value.readonly]
             kind, fields = WISH, [names, *flags, value.timeout, value.purpose]
         case FD():

@@ -14,9 +14,9 @@ from typing import IO, Any, NamedTuple
 import msgpack
 
 from fdbroker.errors import by_code
-from fdbroker.lender import Ledger, Lender, Peer, Wish
-from fdbroker.lender.parts import LIVE
-from fdbroker.lender.quotas import Quota
+from fdbroker.lender import Ledger, Lender, LoanRequest, Peer
+from fdbroker.lender.accounting import Quota
+from fdbroker.lender.model import LIVE
 from fdbroker.rc import FD
 
 from .record import (
@@ -149,7 +149,7 @@ class Replay:
                 return found
             case _ if kind == WISH:
                 names, exclusive, readonly, timeout, purpose = fields
-                return Wish(tuple(names), exclusive, readonly, timeout, purpose)
+                return LoanRequest(tuple(names), exclusive, readonly, timeout, purpose)
             case _ if kind == DESCRIPTOR:
                 self._made += 1
                 return FD(self._made, close=self.closed.add)

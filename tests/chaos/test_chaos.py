@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from support import children, in_fork, wait_until
 
-from fdbroker.lender import Ledger, Lender, Peer, Wish
-from fdbroker.lender.quotas import Account, Quotas
+from fdbroker.lender import Ledger, Lender, LoanRequest, Peer
+from fdbroker.lender.accounting import Account, Quotas
 from fdbroker.rc import FD
 
 from . import planted, record
@@ -167,9 +167,9 @@ def recorded(path: Path) -> None:
     entry = lender.put(None, 0, "one", b"", FD(10**9, close=lambda number: None), 1, 5)
     one, other = (lender.open(Peer(1000, 1000, pid)) for pid in (7, 8))
     lender.quotas.add(one.account, "sessions", 2)
-    wish = Wish(("one",), exclusive=True, timeout=100)
-    assert lender.borrow(one, 1, wish, 10)
-    assert not lender.borrow(other, 1, wish, 11)
+    request = LoanRequest(("one",), exclusive=True, timeout=100)
+    assert lender.borrow(one, 1, request, 10)
+    assert not lender.borrow(other, 1, request, 11)
     lender.give_back(one, 2, 12)
     assert lender.decisions.popleft()[0] is other
     lender.retire("one", 13)
@@ -189,8 +189,8 @@ def test_a_recording_is_replayed(tmp_path: Path) -> None:
 
 def test_another_lender_does_not_do_the_same(tmp_path: Path) -> None:
     class Slower(Lender):
-        def borrow(self, session, seq, wish, now):
-            return super().borrow(session, seq, wish, now + 1)
+        def borrow(self, session, seq, request, now):
+            return super().borrow(session, seq, request, now + 1)
 
     recorded(tmp_path / "recording")
     with pytest.raises(Different, match="the ledger has other bytes"):

@@ -14,7 +14,7 @@ from support import BORROW, SHARED, in_fork, start_fork, wait_until
 
 import fdbroker
 from fdbroker.cli import main, options, stats, status
-from fdbroker.lender.quotas import DEFAULT, WHAT
+from fdbroker.lender.accounting import DEFAULT, WHAT
 from fdbroker.lender.rules import VERBS
 
 from .kit import command, complaint, put_memory, succeeds

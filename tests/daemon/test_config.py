@@ -13,7 +13,7 @@ from support import open_files
 
 from fdbroker.daemon.config import Config, Resource, Settings, read
 from fdbroker.errors import ConfigError
-from fdbroker.lender.quotas import DEFAULT, WHAT, Quota
+from fdbroker.lender.accounting import DEFAULT, WHAT, Quota
 from fdbroker.lender.rules import Rule
 
 from .kit import run

@@ -1,8 +1,8 @@
 """What the wire allows, said a second time, apart from the broker's own tables.
 
-The numbers stand here as literals, on purpose: nothing is imported from ``ipc/messages.py``.  So a
-limit that is taken out there, or changed, is still here, and what the broker then accepts, keeps
-or sends is found to break it.
+The numbers stand here as literals, on purpose: nothing is imported from
+``ipc/protocol/messages.py``.  So a limit that is taken out there, or changed, is still here, and
+what the broker then accepts, keeps or sends is found to break it.
 
 `is_malformed` says of any message whether its sender must be told of a fault, whatever state the
 session is in; all other faults are of the turn, and `TURN_FAULTS` are how the broker words them.

@@ -1,4 +1,4 @@
-"""Take one limit after the other out of ``fdbroker/ipc/messages.py``, and see that it is found.
+"""Take one limit after the other out of ``ipc/protocol/messages.py``, and see that it is found.
 
 ``python -m fuzz.limits`` in ``tests/`` prints, for each, what found it.  Each is taken out in a
 process of its own, forked before anything of fdbroker was imported, and then comes the bounded run.
@@ -33,8 +33,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
-MODULE = "fdbroker.ipc.messages"
-SOURCE = Path(__file__).parents[2] / "fdbroker" / "ipc" / "messages.py"
+MODULE = "fdbroker.ipc.protocol.messages"
+SOURCE = Path(__file__).parents[2] / "fdbroker" / "ipc" / "protocol" / "messages.py"
 EXAMPLES = 300
 HUGE = 2**70
 
@@ -117,7 +117,7 @@ class _Anything(tuple):  # type: ignore[type-arg]
 
 
 def _read_table() -> list[Any]:
-    from fdbroker.ipc.messages import VERBS
+    from fdbroker.ipc.protocol.messages import VERBS
 
     return [
         (

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 import msgpack
 
 from fdbroker.errors import ProtocolError, QuotaExceeded
-from fdbroker.ipc import owned
-from fdbroker.lender.parts import LENT, Entry
+from fdbroker.ipc.transport import received as owned
+from fdbroker.lender.model import LENT, Entry
 from fuzz import contract, steps
 from fuzz.palette import BROKERS_LISTENER, KINDS, MOST, OTHER_CONNECTION, OWN_CONNECTION, Palette
 from fuzz.steps import Input, Step

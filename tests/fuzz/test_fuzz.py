@@ -135,7 +135,7 @@ def test_time_that_passes_in_an_input_is_past_for_the_next_one() -> None:
 
 def test_who_is_put_off_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it sends then is neither lost nor taken for good."""
-    from fdbroker.ipc import shares
+    from fdbroker.ipc.server import shares
 
     monkeypatch.setattr(shares, "LONG", 0)  # whatever a stranger does is long, if others are there
     monkeypatch.setattr(shares, "OTHERS", 300)
@@ -151,17 +151,18 @@ def test_who_is_put_off_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_exception_in_the_broker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdbroker.ipc import messages, verbs
+    from fdbroker.ipc.protocol import messages
+    from fdbroker.ipc.server import handlers
 
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(verbs.HANDLERS, messages.STATS, fail)
+    monkeypatch.setitem(handlers.HANDLERS, messages.STATS, fail)
     found_by_seed("seqs", "planted")
 
 
 def test_a_descriptor_that_is_not_closed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdbroker.ipc.jobs import Discard
+    from fdbroker.ipc.server.jobs import Discard
 
     kept: list[int] = []
     monkeypatch.setattr(Discard, "run", lambda self: kept.extend(self.fds))

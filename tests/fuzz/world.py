@@ -22,12 +22,14 @@ import support
 from lender.kit import reload, view
 
 from fdbroker import descriptors
-from fdbroker.ipc import door, loop, messages, unix
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.server import Server
+from fdbroker.ipc.protocol import messages
+from fdbroker.ipc.server import acceptor, event_loop
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport.listener import Listener
 from fdbroker.lender import Lender
 from fdbroker.lender.ledger import Ledger
-from fdbroker.lender.parts import LIVE
+from fdbroker.lender.model import LIVE
 from fdbroker.lender.rules import Rule
 from fdbroker.rc import FD
 from fuzz import contract
@@ -114,8 +116,8 @@ class World:
         self.log.propagate = False
         self.log.setLevel(logging.WARNING)
         self.offset = 0  # nanoseconds that the clock is put forward, and never back
-        self.clock = loop.clock_gettime_ns
-        loop.clock_gettime_ns = lambda which: self.clock(which) + self.offset
+        self.clock = event_loop.clock_gettime_ns
+        event_loop.clock_gettime_ns = lambda which: self.clock(which) + self.offset
         self.refuse = unix.refuse_descriptors
         unix.refuse_descriptors = self._refuse_descriptors
         self.old_kernel = False
@@ -142,7 +144,7 @@ class World:
         for entry in lender.entries.values():
             while not entry.fd.closed:
                 entry.fd.decref()
-        loop.clock_gettime_ns = self.clock
+        event_loop.clock_gettime_ns = self.clock
         unix.refuse_descriptors = self.refuse
         self.log.removeHandler(self.complaints)
         self.log.propagate = self.log_before[0]
@@ -226,7 +228,7 @@ class World:
         """All clients are gone: nothing of them is left, but entries, which we retire."""
         server, lender = self.server, self.server.lender
         if server._hung_up:  # with something in flight: they are asked again later
-            self.offset += 2 * door.ASK
+            self.offset += 2 * acceptor.ASK
             self.serve()
         left = {name: count for name, count in server.stats().items() if count}
         for name in ("entries", "descriptors"):

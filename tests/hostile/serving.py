@@ -19,8 +19,9 @@ from typing import Any
 from fdbroker import cli
 from fdbroker.cli import options, serve  # noqa: F401
 from fdbroker.daemon import log  # noqa: F401
-from fdbroker.ipc import door, unix
-from fdbroker.lender.books import SECOND
+from fdbroker.ipc.server import acceptor
+from fdbroker.ipc.transport import unix
+from fdbroker.lender.state import SECOND
 
 from .target import become, unshare
 
@@ -32,9 +33,9 @@ def main(how: dict[str, Any], arguments: list[str]) -> int:
     if how["passes_rights"]:  # a kernel before 6.16
         unix.refuse_descriptors = lambda sock: False
     if how["patience"]:
-        door.HELLO_TIME = int(how["patience"] * SECOND)
+        acceptor.HELLO_TIME = int(how["patience"] * SECOND)
     if not how["rests"]:
-        door.REST = 0
+        acceptor.REST = 0
     if how["pid_namespace"]:
         unshare(CLONE_NEWPID)
         if pid := os.fork():

@@ -46,8 +46,8 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import TooManyInFlight
-from fdbroker.ipc.client import forget_client_at
-from fdbroker.ipc.pool import cut_off
+from fdbroker.ipc.client.client import forget_client_at
+from fdbroker.ipc.client.pool import cut_off
 
 ALICE, BOB, CAROL, EVE, KEEPER = range(65_520, 65_525)  # uids; nobody has an account for them
 TESTS = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import pytest
 from support import Raw, in_fork, open_files
 
 import fdbroker
-from fdbroker.ipc import unix
+from fdbroker.ipc.transport import unix
 
 PACKAGE = Path(fdbroker.__file__).parent
 

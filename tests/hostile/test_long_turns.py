@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 from support import BORROW, CANCEL, PATIENCE, RETURN, SHARED, Raw, in_fork, start_fork, wait_until
 
-from fdbroker.ipc.door import OFFENCES
+from fdbroker.ipc.server.acceptor import OFFENCES
 
 from .target import ALICE, ANSWERS, Target, become
 

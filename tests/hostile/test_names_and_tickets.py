@@ -14,7 +14,7 @@ from support import BORROW, LOANS, PUT, RETIRE, SHARED, Raw, in_fork
 
 import fdbroker
 from fdbroker.errors import NotPermitted, UnknownTicket
-from fdbroker.ipc.messages import TICKET_BYTES
+from fdbroker.ipc.protocol.messages import TICKET_BYTES
 
 from .target import ALICE, BOB, EVE, Target, become, meanwhile
 

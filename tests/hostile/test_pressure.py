@@ -32,9 +32,9 @@ from support import (
 )
 
 import fdbroker
-from fdbroker.ipc.door import OFFENCES, REST
-from fdbroker.ipc.listener import BACKLOG
-from fdbroker.lender.books import SECOND
+from fdbroker.ipc.server.acceptor import OFFENCES, REST
+from fdbroker.ipc.transport.listener import BACKLOG
+from fdbroker.lender.state import SECOND
 
 from .target import ALICE, ANSWERS, BOB, CAROL, KEEPER, SLOWEST, Target, become, meanwhile
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import pytest
 from support import BORROW, PATIENCE, PUT, STATS, Raw, stopped, targets, wait_until
 
-from fdbroker.lender.quotas import FEW
+from fdbroker.lender.accounting import FEW
 
 from .fuse import FLUSH, GETATTR, Hanging, mounted
 from .target import ALICE, ANSWERS, Target, become, meanwhile

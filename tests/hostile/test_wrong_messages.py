@@ -29,7 +29,7 @@ from support import (
 )
 
 import fdbroker
-from fdbroker.ipc.messages import MESSAGE_BYTES, NAME_BYTES, NAMES, VERBS, Verb
+from fdbroker.ipc.protocol.messages import MESSAGE_BYTES, NAME_BYTES, NAMES, VERBS, Verb
 
 from .target import GROWTH, Target
 

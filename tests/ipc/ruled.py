@@ -20,11 +20,11 @@ from typing import Any
 from support import BORROW, PATIENCE, RETURN, Raw, become, in_fork, start_fork
 
 import fdbroker
-from fdbroker.ipc.client import forget_client_at
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.messages import HEAD, template
-from fdbroker.ipc.pool import cut_off
-from fdbroker.ipc.server import Server
+from fdbroker.ipc.client.client import forget_client_at
+from fdbroker.ipc.client.pool import cut_off
+from fdbroker.ipc.protocol.messages import HEAD, template
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport.listener import Listener
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.rules import Rule
 

@@ -13,7 +13,7 @@ import pytest
 from support import in_fork, wait_until
 
 import fdbroker
-from fdbroker.ipc import forks
+from fdbroker.ipc.client import fork
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def test_the_gate_is_free_while_what_interrupted_it_is_kept() -> None:
     """A traceback holds frames, and a frame whatever it has entered."""
 
     def interrupted() -> None:
-        with forks.catching_up, forks.GATE:
+        with fork.catching_up, fork.GATE:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:
@@ -70,8 +70,8 @@ def test_the_gate_is_free_while_what_interrupted_it_is_kept() -> None:
     got: list[bool] = []
 
     def take() -> None:
-        got.append(forks.GATE.acquire(timeout=5))
-        forks.GATE.release()
+        got.append(fork.GATE.acquire(timeout=5))
+        fork.GATE.release()
 
     thread = threading.Thread(target=take)
     thread.start()

@@ -14,11 +14,11 @@ from support import HELLO, Peer, Raw, kept, wait_until
 
 import fdbroker
 from fdbroker.errors import NoBroker, UnsupportedKind
-from fdbroker.ipc.custody import Custody
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.server import Server
+from fdbroker.ipc.server.custody import Custody
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport.listener import Listener
 from fdbroker.lender import Ledger, Lender
-from fdbroker.lender.parts import IDLE, LENT, LIVE, RETIRING
+from fdbroker.lender.model import IDLE, LENT, LIVE, RETIRING
 
 SIOCOUTQ = 0x5411
 

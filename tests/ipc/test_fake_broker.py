@@ -14,7 +14,7 @@ from support import BORROW, HELLO, RETURN, STATS, Raw, fake_broker, greet
 
 import fdbroker
 from fdbroker.errors import BrokerGone, ProtocolError, TooManyFiles, VersionMismatch
-from fdbroker.ipc.pool import TRIES
+from fdbroker.ipc.client.pool import TRIES
 
 
 @pytest.fixture

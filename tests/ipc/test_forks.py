@@ -20,7 +20,7 @@ import support
 
 import fdbroker
 from fdbroker.errors import ForkedLoanError
-from fdbroker.ipc import forks as hooks
+from fdbroker.ipc.client import fork as hooks
 
 
 def loans(broker: fdbroker.Client) -> int:

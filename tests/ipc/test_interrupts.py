@@ -20,7 +20,7 @@ from support import Peer, wait_until
 
 import fdbroker
 from fdbroker.errors import WouldDeadlock
-from fdbroker.ipc import forks
+from fdbroker.ipc.client import fork
 
 
 class Alarm:
@@ -66,9 +66,9 @@ def is_free() -> bool:
     got: list[bool] = []
 
     def try_it() -> None:
-        got.append(forks.GATE.acquire(timeout=5))
+        got.append(fork.GATE.acquire(timeout=5))
         if got[0]:
-            forks.GATE.release()
+            fork.GATE.release()
 
     thread = threading.Thread(target=try_it)
     thread.start()

@@ -19,7 +19,7 @@ from fdbroker.errors import (
     UnknownEntry,
     UnsupportedKind,
 )
-from fdbroker.ipc.messages import (
+from fdbroker.ipc.protocol.messages import (
     BORROW,
     GRANT,
     HEAD,
@@ -37,8 +37,8 @@ from fdbroker.ipc.messages import (
     remember,
     template,
 )
-from fdbroker.lender import Wish
-from fdbroker.lender.books import HOLDERS_NAMED, REASON_CHARS
+from fdbroker.lender import LoanRequest
+from fdbroker.lender.state import HOLDERS_NAMED, REASON_CHARS
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def learn(data: bytes) -> tuple[int, int, Any]:
 def test_what_was_seen_before_is_decoded_once() -> None:
     verb, seq, wish = learn(request(5, BORROW, "web", 1, 2.5, "why"))
     assert (verb, seq) == (BORROW, 5)
-    assert isinstance(wish, Wish)
+    assert isinstance(wish, LoanRequest)
     assert (wish.names, wish.exclusive, wish.timeout) == (("web",), True, 2_500_000_000)
     ((key, known),) = KNOWN.items()
     again = request(2**40, BORROW, "web", 1, 2.5, "why")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker.ipc import owned
+from fdbroker.ipc.transport import received as owned
 
 NUMBERS = range(300, 312)
 

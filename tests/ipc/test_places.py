@@ -18,9 +18,9 @@ from places import Tracer, every_place
 from support import open_files, wait_until
 
 import fdbroker
-from fdbroker.ipc import forks
+from fdbroker.ipc.client import fork
 
-CLIENT = str(Path(forks.__file__).parent)  # the code that is interrupted
+CLIENT = str(Path(fork.__file__).parent)  # the code that is interrupted
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_loan_whose_finalizer_is_interrupted_leaves_no_descriptor(
             del loan
         del file
         gc.collect()
-        forks.catch_up()
+        fork.catch_up()
         assert copies(data_file) == 1
 
     with another_thread() if threads else contextlib.nullcontext():

@@ -30,7 +30,7 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import BrokerGone, ProtocolError
-from fdbroker.ipc.wire import until_exit
+from fdbroker.ipc.client.connection import until_exit
 
 SIOCOUTQ = 0x5411
 

@@ -40,10 +40,10 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import QuotaExceeded
-from fdbroker.ipc.door import OFFENCES
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.server import Server
-from fdbroker.lender.quotas import DEFAULT, WHAT
+from fdbroker.ipc.server.acceptor import OFFENCES
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.transport.listener import Listener
+from fdbroker.lender.accounting import DEFAULT, WHAT
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")

@@ -13,7 +13,7 @@ import pytest
 from ruled import ALICE, BOB, Ruled, rule, session_as
 from support import BORROW, PUT, RETURN, SHARED, Raw, stopped, wait_until
 
-from fdbroker.ipc.server import Server
+from fdbroker.ipc.server.server import Server
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 

@@ -41,7 +41,7 @@ from support import (
 import fdbroker
 from fdbroker import descriptors
 from fdbroker.errors import NameTaken, NotPermitted, UnknownTicket
-from fdbroker.ipc.messages import HEAD
+from fdbroker.ipc.protocol.messages import HEAD
 from fdbroker.lender.rules import VERBS, Rule
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
@@ -288,7 +288,7 @@ def test_a_uid_that_the_brokers_namespace_does_not_map_is_nobody() -> None:
 
 def test_a_socket_that_cannot_be_asked_for_groups_is_in_none() -> None:
     """Nobody is in a group by a failure of the kernel."""
-    from fdbroker.ipc import unix
+    from fdbroker.ipc.transport import unix
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone:
         with pytest.raises(OSError, match="No data") as caught:

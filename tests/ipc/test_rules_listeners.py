@@ -15,7 +15,7 @@ from support import BORROW, LOANS, PUT, RETURN, SHARED, Raw, in_fork, wait_until
 
 import fdbroker
 from fdbroker.errors import NotPermitted
-from fdbroker.ipc.messages import REPLACE
+from fdbroker.ipc.protocol.messages import REPLACE
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
@@ -133,15 +133,15 @@ def test_in_no_mode_and_no_company(
     ruled.client.put("web", listener)
     ruled.put("db", "log")
     ruled.set_rules(rule("borrow"))
-    wishes: list[tuple[Any, int, float | None]] = [
+    requests: list[tuple[Any, int, float | None]] = [
         ("web", flags, timeout)
         for flags in (0, EXCLUSIVE, READONLY, EXCLUSIVE | READONLY)
         for timeout in (None, 0, 5)
     ]
-    wishes += [(["db", "web"], 0, None), (["web"], 0, None), (["web", "db", "web"], EXCLUSIVE, 1)]
+    requests += [(["db", "web"], 0, None), (["web"], 0, None), (["web", "db", "web"], EXCLUSIVE, 1)]
     stack.enter_context(ruled.client.borrow("db", exclusive=True))
-    for wish in wishes:
-        assert alice.borrow(*wish) == REFUSED
+    for request in requests:
+        assert alice.borrow(*request) == REFUSED
     stats = ruled.client.stats()
     assert (stats["waiting"], stats["loans"]) == (0, 1)
     ruled.client.borrow("web", exclusive=True, timeout=0).close()
@@ -252,20 +252,20 @@ def test_what_was_said_of_the_one_before_it_is_no_way_to_it(
         session_as(ruled.address, ALICE + 10_000) as three,
     ):
         sessions = {Alike(one): ALICE, Alike(two): ALICE, Alike(three): ALICE + 10_000}
-        wishes: list[tuple[Any, ...]] = [
+        requests: list[tuple[Any, ...]] = [
             ("web",),
             ("web", EXCLUSIVE),
             ("web", READONLY),
             ("web", 0, 1.5),
             (["db", "web"],),
         ]
-        for wish in wishes * 3:
+        for request in requests * 3:
             for session in sessions:
-                assert session.borrow(*wish) == []
+                assert session.borrow(*request) == []
         becomes(ruled, listener)
-        for wish in wishes * 2:
+        for request in requests * 2:
             for session, uid in sessions.items():
-                assert session.borrow(*wish) == [NOT_PERMITTED, uid, "listen", "web"]
+                assert session.borrow(*request) == [NOT_PERMITTED, uid, "listen", "web"]
         for session in sessions:
             assert session.borrow("db") == []
         ruled.put("log")

@@ -22,8 +22,8 @@ from ruled import ALICE, BOB, Alike, memory, session_as
 from support import BORROW, CANCEL, ENTRIES, LOANS, MORE, PUT, RETIRE, RETURN, SHARED, STATS
 from support import wait_until as wait
 
-from fdbroker.ipc.client import forget_client_at
-from fdbroker.ipc.pool import cut_off
+from fdbroker.ipc.client.client import forget_client_at
+from fdbroker.ipc.client.pool import cut_off
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
@@ -156,7 +156,7 @@ def test_who_waits_keeps_the_place_in_the_line() -> None:
         for session in waiting:
             stack.enter_context(session.raw)
         turn = it.client.borrow("tty", exclusive=True)
-        wishes = [
+        requests = [
             ("tty", EXCLUSIVE, None, ""),
             (["db", "tty"], 0, None, ""),
             ("tty", READONLY, None, ""),
@@ -164,8 +164,8 @@ def test_who_waits_keeps_the_place_in_the_line() -> None:
             ("tty", 0, 1, ""),
         ]
         exclusive, several, readonly, gives_up, timed = waiting
-        for number, (session, wish) in enumerate(zip(waiting, wishes, strict=True), 1):
-            session.send(BORROW, *wish)
+        for number, (session, request) in enumerate(zip(waiting, requests, strict=True), 1):
+            session.send(BORROW, *request)
             wait(
                 lambda number=number: (
                     it.count("waiting") == number or select.select([timed.raw.sock], [], [], 0)[0]

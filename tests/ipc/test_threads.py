@@ -21,9 +21,9 @@ from support import PATIENCE, targets, wait_until
 
 import fdbroker
 from fdbroker.errors import ClosedLoanError
-from fdbroker.ipc import forks
-from fdbroker.ipc import loan as loan_module
-from fdbroker.ipc.pool import cut_off
+from fdbroker.ipc.client import fork
+from fdbroker.ipc.client import loan as loan_module
+from fdbroker.ipc.client.pool import cut_off
 
 
 def is_waiting(thread: threading.Thread) -> bool:
@@ -56,7 +56,7 @@ def closed_meanwhile(loan: fdbroker.Loan, verb: Callable[[], Any]) -> Iterator[l
         stranger.write(b"stranger" * 512)
         stranger.flush()
         thread = threading.Thread(target=call)
-        with forks.catching_up, forks.GATE:
+        with fork.catching_up, fork.GATE:
             thread.start()
             wait_until(lambda: is_waiting(thread))
             number = loan.fileno()
@@ -111,17 +111,17 @@ def test_what_a_finalizer_left_fails_in_no_other_call(
     held, go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with forks.catching_up, forks.GATE:
+        with fork.catching_up, fork.GATE:
             held.set()
-            forks.GATE.acquire()  # so it is not left when this thread catches up
+            fork.GATE.acquire()  # so it is not left when this thread catches up
             go.wait()
-        forks.GATE.release()
+        fork.GATE.release()
 
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    forks.in_finalizer(fail)
-    forks.in_finalizer(lambda: done.append("the next one"))
+    fork.in_finalizer(fail)
+    fork.in_finalizer(lambda: done.append("the next one"))
     assert done == []
     go.set()
     thread.join()
@@ -222,7 +222,7 @@ def test_the_owners_own_loans_do_not_hold_up_the_end_of_its_broker(data_file: IO
 def test_what_a_broker_ends_with_is_listed_under_the_gate(broker: fdbroker.Broker) -> None:
     """Else another thread may add a session to the list meanwhile."""
     thread = threading.Thread(target=cut_off, args=("/nowhere",))
-    with forks.catching_up, forks.GATE:
+    with fork.catching_up, fork.GATE:
         thread.start()
         wait_until(lambda: is_waiting(thread))
     thread.join()
@@ -288,30 +288,30 @@ def start_one():
 if sys.argv[1] == "hook":  # which comes before ours, as it is there before
     os.register_at_fork(after_in_child=start_one)
 import fdbroker
-from fdbroker.ipc import forks
+from fdbroker.ipc.client import fork
 idle = [threading.Thread(target=go_on.wait, daemon=True) for _ in range(3)]
 for thread in idle:
     thread.start()
-assert forks.other_threads() == 3
+assert fork.other_threads() == 3
 if pid := os.fork():
     assert os.waitpid(pid, 0)[1] == 0
-    assert forks.other_threads() == 3
+    assert fork.other_threads() == 3
 else:
     hooked = sys.argv[1] == "hook"
-    assert (forks.other_threads() > 0) == hooked, forks.other_threads()
+    assert (fork.other_threads() > 0) == hooked, fork.other_threads()
     if not hooked:
         thread = threading.Thread(target=go_on.wait, daemon=True)
         thread.start()
-        while not forks.other_threads():
+        while not fork.other_threads():
             pass
         if pid := os.fork():
             assert os.waitpid(pid, 0)[1] == 0
             go_on.set()
             thread.join()
-            while forks.other_threads():
+            while fork.other_threads():
                 pass
         else:
-            assert forks.other_threads() == 0
+            assert fork.other_threads() == 0
             os._exit(0)
     os._exit(0)
 go_on.set()

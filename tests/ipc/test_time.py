@@ -32,15 +32,15 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import BrokerClosing
-from fdbroker.ipc import door, jobs, shares, turns
-from fdbroker.ipc.connection import Connection
-from fdbroker.ipc.listener import Listener
-from fdbroker.ipc.messages import VERSION, encode
-from fdbroker.ipc.server import Server
-from fdbroker.ipc.shares import LONG
+from fdbroker.ipc.protocol.messages import VERSION, encode
+from fdbroker.ipc.server import acceptor, jobs, scheduler, shares
+from fdbroker.ipc.server.connection import Connection
+from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.server.shares import LONG
+from fdbroker.ipc.transport.listener import Listener
 from fdbroker.lender import Ledger, Lender
-from fdbroker.lender.parts import Peer
-from fdbroker.lender.quotas import DEFAULT, Account
+from fdbroker.lender.accounting import DEFAULT, Account
+from fdbroker.lender.model import Peer
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
@@ -54,14 +54,14 @@ FOR_EVER = 10**9
 def plant(others: int) -> None:
     """What is done in the broker before it serves."""
     shares.OTHERS, shares.MOST = others, 10**18
-    turns.Turns.begin = Server.admit  # so that nobody is kept out for ever, by whatever chance
-    charge = turns.Turns._charge
+    scheduler.Turns.begin = Server.admit  # so that nobody is kept out for ever, by whatever chance
+    charge = scheduler.Turns._charge
 
-    def charge_for_long_ones(server: turns.Turns, account: Account, took: int) -> None:
+    def charge_for_long_ones(server: scheduler.Turns, account: Account, took: int) -> None:
         if took > 3 * LONG // 2:  # as `take_long` does: no sum of many, which chance makes
             charge(server, account, took)
 
-    turns.Turns._charge = charge_for_long_ones
+    scheduler.Turns._charge = charge_for_long_ones
     run = Server.run
 
     def run_until_told(server: Server) -> None:
@@ -428,7 +428,7 @@ def test_nobody_is_put_off_for_long(server: Server, connection: Connection) -> N
 def test_who_has_said_hello_is_not_shown_out_for_silence() -> None:
     def impatient() -> None:
         plant(FOR_EVER)
-        door.HELLO_TIME = 200_000_000
+        acceptor.HELLO_TIME = 200_000_000
 
     with Ruled(plant=impatient) as ruled:
         ruled.set_rules(rule(*VERBS, uid=ALICE))

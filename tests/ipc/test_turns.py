@@ -155,7 +155,7 @@ def test_a_stopped_broker_is_given_up(
     broker: fdbroker.Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client's own timer: CANCEL after the deadline and a grace, then it ends the session."""
-    monkeypatch.setattr("fdbroker.ipc.wire.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("fdbroker.ipc.client.connection.GRACE_SECONDS", 0.2)
     broker.stats()
     with stopped(broker.pid):
         before = time.monotonic()
@@ -169,7 +169,7 @@ def test_a_stopped_broker_is_given_up(
 def test_a_grant_that_crosses_a_cancel_stands(
     broker: fdbroker.Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fdbroker.ipc.wire.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("fdbroker.ipc.client.connection.GRACE_SECONDS", 0.5)
     broker.stats()
     sock = broker._pool.idle[-1].sock  # the one that the borrow will take
 

@@ -6,19 +6,19 @@ import os
 
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.load import load
-from fdbroker.lender.parts import (
+from fdbroker.lender.model import (
     CLOSING,
     IDLE,
     LENT,
     LIVE,
-    NO_WISH,
+    NO_REQUEST,
     WAITING,
     Entry,
+    LoanRequest,
     Peer,
     Session,
-    Wish,
 )
+from fdbroker.lender.recovery import load
 from fdbroker.rc import FD
 
 SECOND = 1_000_000_000
@@ -205,17 +205,17 @@ def view_session(session) -> dict:
         "seq": session.seq,
         "does": DOES[session.state],
     }
-    wish = session.wish
-    assert (wish is not NO_WISH) == (session.state in (WAITING, LENT))
-    assert bool(session.entries) == (wish is not NO_WISH)
+    request = session.request
+    assert (request is not NO_REQUEST) == (session.state in (WAITING, LENT))
+    assert bool(session.entries) == (request is not NO_REQUEST)
     assert (session.awaited is not None) == (session.state == CLOSING)
-    if wish is not NO_WISH:
+    if request is not NO_REQUEST:
         seen["loan"] = (
             session.borrow_seq,
             [entry.slot for entry in session.entries],
-            wish.exclusive,
-            wish.readonly,
-            wish.purpose,
+            request.exclusive,
+            request.readonly,
+            request.purpose,
             list(session.cells),
         )
     if session.state == LENT:
@@ -229,7 +229,7 @@ def view_session(session) -> dict:
 
 
 def view_entry(entry) -> dict:
-    turns = [session.slot for session in entry.line.values() if session.wish.exclusive]
+    turns = [session.slot for session in entry.line.values() if session.request.exclusive]
     assert list(entry.turns) == turns
     live = entry.state == LIVE
     assert not live or entry.ephemeral == (entry.owner is not None)
@@ -275,7 +275,7 @@ class Rig:
             raise
 
     def borrow(self, who: Session, *names: str | bytes, **how) -> bool:
-        return self.lender.borrow(who, who.seq + 1, Wish(names, **how), self.now)
+        return self.lender.borrow(who, who.seq + 1, LoanRequest(names, **how), self.now)
 
     def give_back(self, who: Session) -> bool:
         return self.lender.give_back(who, who.seq + 1, self.now)

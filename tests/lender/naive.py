@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(eq=False)
 class Loan:
-    """A loan, or the wish for one while it is in `waiting`."""
+    """A loan, or the request for one while it is in `waiting`."""
 
     session: Session
     seq: int
@@ -99,7 +99,7 @@ class NaiveLender:
 
     def clear(self, session, now):
         self.loans = [loan for loan in self.loans if loan.session is not session]
-        self.waiting = [wish for wish in self.waiting if wish.session is not session]
+        self.waiting = [request for request in self.waiting if request.session is not session]
         self.watches = [watch for watch in self.watches if watch.session is not session]
         self.grant_all(now)
         self.step()
@@ -113,26 +113,26 @@ class NaiveLender:
 
     def borrow(self, session, seq, names, now, exclusive, readonly, timeout, purpose):
         entries = [self.find(name) for name in names]
-        wish = Loan(session, seq, entries, exclusive, readonly, purpose, [])
-        waits = not self.may_go(wish, self.waiting)
+        request = Loan(session, seq, entries, exclusive, readonly, purpose, [])
+        waits = not self.may_go(request, self.waiting)
         if waits:
             for entry in entries:
                 for loan in self.loans:
                     if entry in loan.entries and loan.exclusive and same_pid(loan.session, session):
                         raise Refused("WouldDeadlock", entry.name, session.peer[2])
             if timeout == 0:
-                raise Refused(*self.busy(wish, self.waiting, 0, now))
+                raise Refused(*self.busy(request, self.waiting, 0, now))
         taken = [cell for loan in self.loans + self.waiting for cell in loan.cells]
-        wish.cells = lowest(len(entries) - 1, self.room[2], taken, "loans of several entries")
+        request.cells = lowest(len(entries) - 1, self.room[2], taken, "loans of several entries")
         session.seq = seq
         if waits:
-            wish.asked, wish.arrival = now, self.next_arrival
+            request.asked, request.arrival = now, self.next_arrival
             self.next_arrival += 1
-            wish.deadline = 0 if timeout is None else now + timeout
-            self.waiting.append(wish)
+            request.deadline = 0 if timeout is None else now + timeout
+            self.waiting.append(request)
         else:
-            wish.since = now
-            self.loans.append(wish)
+            request.since = now
+            self.loans.append(request)
         self.step()
         return not waits
 
@@ -213,26 +213,26 @@ class NaiveLender:
             raise Refused("UnknownTicket")
         raise Refused("UnknownEntry", name, [])
 
-    def may_go(self, wish, earlier):
-        return not any(conflict(wish, other) for other in self.loans + earlier)
+    def may_go(self, request, earlier):
+        return not any(conflict(request, other) for other in self.loans + earlier)
 
     def grant_all(self, now):
         before = []
-        for wish in list(self.waiting):
-            if self.may_go(wish, before):
-                self.waiting.remove(wish)
-                wish.since = now
-                self.loans.append(wish)
-                self.decide(wish, None)
+        for request in list(self.waiting):
+            if self.may_go(request, before):
+                self.waiting.remove(request)
+                request.since = now
+                self.loans.append(request)
+                self.decide(request, None)
             else:
-                before.append(wish)
+                before.append(request)
 
     def end_entry(self, entry, now):
         entry.live = False
-        for wish in list(self.waiting):
-            if entry in wish.entries:
-                self.waiting.remove(wish)
-                self.decide(wish, ("EntryRetired", entry.name))
+        for request in list(self.waiting):
+            if entry in request.entries:
+                self.waiting.remove(request)
+                self.decide(request, ("EntryRetired", entry.name))
         self.grant_all(now)
 
     def time_out(self, wait, now):
@@ -247,13 +247,13 @@ class NaiveLender:
             self.waiting.remove(wait)
             self.grant_all(now)
 
-    def busy(self, wish, earlier, seconds, now):
-        holders = [loan for loan in self.loans if conflict(wish, loan)]
+    def busy(self, request, earlier, seconds, now):
+        holders = [loan for loan in self.loans if conflict(request, loan)]
         names = [
             entry.name
             for others in (holders, earlier)
-            for entry in wish.entries
-            if any(conflict(wish, other) and entry in other.entries for other in others)
+            for entry in request.entries
+            if any(conflict(request, other) and entry in other.entries for other in others)
         ]
         who = []
         for loan in holders:
@@ -339,7 +339,7 @@ class NaiveLender:
 
     def view_entry(self, entry):
         held = [loan for loan in self.loans if entry in loan.entries]
-        line = [wish for wish in self.waiting if entry in wish.entries]
+        line = [request for request in self.waiting if entry in request.entries]
         return {
             "what": (entry.name, entry.ticket, entry.generation, entry.kind, entry.since),
             "made": (entry.maker, entry.maker_seq, entry.uid),
@@ -347,7 +347,7 @@ class NaiveLender:
             "owner": entry.owner.slot if entry.live and entry.owner else None,
             "holders": sorted(loan.session.slot for loan in held),
             "exclusive": any(loan.exclusive for loan in held),
-            "line": [wish.session.slot for wish in line],
+            "line": [request.session.slot for request in line],
             "watchers": sorted(w.session.slot for w in self.watches if w.entry is entry),
             "refs": 1 + sum(loan.entries.count(entry) for loan in held),
         }

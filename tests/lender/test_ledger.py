@@ -21,8 +21,7 @@ from fdbroker.lender.ledger import (
     shape,
 )
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.load import load
-from fdbroker.lender.parts import (
+from fdbroker.lender.model import (
     CLOSING,
     FREE,
     IDLE,
@@ -30,9 +29,10 @@ from fdbroker.lender.parts import (
     LIVE,
     RETIRING,
     WAITING,
+    LoanRequest,
     Peer,
-    Wish,
 )
+from fdbroker.lender.recovery import load
 
 from .kit import CountingFD, CutLedger, Descriptors, Rig, buffer_for, come, reload, view
 
@@ -121,7 +121,7 @@ def test_the_id_of_a_session_is_never_rewritten(rig: Rig):
     rig.put("a")
     ledger = CutLedger(bytearray(rig.ledger.buffer))
     loaded = reload(ledger, {0: client.peer}, rig.now)
-    loaded.borrow(loaded.sessions[0], 1, Wish(("a",), purpose="to see"), rig.now)
+    loaded.borrow(loaded.sessions[0], 1, LoanRequest(("a",), purpose="to see"), rig.now)
     assert len(ledger.copies) > 2
     for copy in ledger.copies:
         assert words(copy)[session_at(0) + 1] == client.id
@@ -173,7 +173,7 @@ def test_records_are_of_fixed_width():
     assert changed(before, rig.ledger.buffer) <= mine | {5}
     assert first <= {*range(entry_at(rig, 0), entry_at(rig, 1)), 5}
     loaded = rig.reload()
-    assert loaded.sessions[1].wish.purpose == "ü" * 64
+    assert loaded.sessions[1].request.purpose == "ü" * 64
     assert set(loaded.names) == {"a", "n" * 255}
     rig.check()
     rig.descriptors.abandon(rig.lender)
@@ -184,7 +184,7 @@ def test_a_shorter_purpose_does_not_show_the_end_of_a_longer_one(rig: Rig):
     rig.put("a")
     for purpose in ("a long story", "short", ""):
         rig.borrow(client, "a", purpose=purpose)
-        assert rig.reload().sessions[0].wish.purpose == purpose
+        assert rig.reload().sessions[0].request.purpose == purpose
         rig.give_back(client)
 
 
@@ -321,7 +321,7 @@ def use_a_little(buffer: memoryview) -> tuple[Lender, Descriptors]:
     session = come(lender, Peer(1000, 1000, 1))
     for name in "abc":
         lender.put(None, 0, name, b"", descriptors.new(), 1, 5)
-    lender.borrow(session, 1, Wish(("a", "b")), 5)
+    lender.borrow(session, 1, LoanRequest(("a", "b")), 5)
     return lender, descriptors
 
 
@@ -387,7 +387,7 @@ def test_a_loaded_lender_says_what_it_is_full_of(rig: Rig):
         rig.put(f"n{number}")
     rig.borrow(rig.lender.sessions[0], "n0", "n1", "n2", "n3")
     loaded = rig.reload()
-    whose, several = loaded.sessions[1], Wish(("n0", "n1"))
+    whose, several = loaded.sessions[1], LoanRequest(("n0", "n1"))
     for event, what, limit in (
         (lambda: loaded.open(Peer(1000, 1000, 1)), "sessions", 6),
         (lambda: loaded.put(None, 0, "b", b"", CountingFD(), 1, 5), "entries", 6),
@@ -403,7 +403,7 @@ def test_a_loaded_loan_knows_its_names_and_tickets(rig: Rig):
     rig.put("a")
     rig.put("", ticket=b"0123456789abcdef")
     rig.borrow(client, b"0123456789abcdef", "a")
-    assert rig.reload().sessions[0].wish.names == (b"0123456789abcdef", "a")
+    assert rig.reload().sessions[0].request.names == (b"0123456789abcdef", "a")
 
 
 def test_an_entry_without_its_descriptor_was_never_put(rig: Rig):

@@ -14,10 +14,10 @@ from fdbroker.errors import (
     UnknownTicket,
     WouldDeadlock,
 )
-from fdbroker.lender.books import HOLDERS_NAMED
+from fdbroker.lender.accounting import DEFAULT
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import IDLE, LENT, NO_WISH, WAITING, Wish
-from fdbroker.lender.quotas import DEFAULT
+from fdbroker.lender.model import IDLE, LENT, NO_REQUEST, WAITING, LoanRequest
+from fdbroker.lender.state import HOLDERS_NAMED
 
 from .kit import SECOND, Rig
 
@@ -41,8 +41,13 @@ def test_shared_loans_run_together(lot: Rig):
 
 
 def test_a_wish_without_more_is_shared_for_reading_and_writing_and_waits_for_ever():
-    wish = Wish(("a",))
-    assert (wish.exclusive, wish.readonly, wish.timeout, wish.purpose) == (False, False, None, "")
+    request = LoanRequest(("a",))
+    assert (request.exclusive, request.readonly, request.timeout, request.purpose) == (
+        False,
+        False,
+        None,
+        "",
+    )
 
 
 def test_an_exclusive_loan_is_alone(lot: Rig):
@@ -210,7 +215,7 @@ def test_an_unknown_name_among_several_leaves_nothing_behind(lot: Rig):
     with pytest.raises(UnknownTicket):
         lot.borrow(client, "a", b"no such ticket")
     assert lot.ledger.buffer == before
-    assert (client.state, client.seq, client.wish) == (IDLE, 0, NO_WISH)
+    assert (client.state, client.seq, client.request) == (IDLE, 0, NO_REQUEST)
 
 
 def test_what_cannot_be_a_name_is_said_to_be_none(lot: Rig):
@@ -226,7 +231,7 @@ def test_a_loan_that_could_not_be_sent_is_taken_back(lot: Rig):
     lot.borrow(waiting, "a")
     lot.lender.take_back(holder, lot.now)
     assert lot.granted() == [waiting]
-    assert (holder.state, holder.seq, holder.wish) == (IDLE, 1, NO_WISH)
+    assert (holder.state, holder.seq, holder.request) == (IDLE, 1, NO_REQUEST)
 
 
 def test_a_nameless_entry_is_borrowed_by_its_ticket(lot: Rig):
@@ -411,7 +416,7 @@ def test_deadlines_stay_in_order_when_those_of_waits_that_are_over_go():
 
 
 class CountingLender(Lender):
-    """Counts how often it asks whether a wish can be granted."""
+    """Counts how often it asks whether a request can be granted."""
 
     asked = 0
 
@@ -511,7 +516,7 @@ def test_no_room_for_a_loan_of_several_leaves_nothing_behind():
             rig.borrow(second, "a", "b", "c", exclusive=exclusive)
         assert caught.value.limit == 3
     assert rig.ledger.buffer == before
-    assert (second.state, second.wish, rig.lender.waiting) == (IDLE, NO_WISH, 0)
+    assert (second.state, second.request, rig.lender.waiting) == (IDLE, NO_REQUEST, 0)
     assert rig.lender.names["a"].fd.refs == 2
     assert rig.borrow(second, "a", "b")  # one cell is left, and it is enough
     rig.give_back(second)
@@ -643,7 +648,7 @@ def test_who_waits_is_looked_at_on_its_own_account(lot: Rig):
     lot.borrow(four, "c", "a", "a")
     assert lot.lender.looks == {}
     lot.give_back(one)
-    # of the first wish the first entry was looked at; the second is granted: three entries, twice
+    # one look at the first entry of the first request; the second is granted: three entries, twice
     assert lot.lender.looks == {three.account: 1 + 1, four.account: 2 * 3}
     lot.give_back(two)
     assert lot.lender.looks == {three.account: 2 + 2 * 2, four.account: 6}

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from fdbroker.errors import FDBrokerError
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.lender import Lender
-from fdbroker.lender.parts import NO_WISH, Peer, Wish
+from fdbroker.lender.model import NO_REQUEST, LoanRequest, Peer
 
 from .kit import (
     ROOM,
@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
     def drain(self) -> list:
         decided = list(self.lender.decisions)
         for session, _, error in decided:
-            assert error is None or session.wish is NO_WISH
+            assert error is None or session.request is NO_REQUEST
         self.lender.decisions.clear()
         self.at_closer += self.lender.closings
         self.lender.closings.clear()
@@ -261,11 +261,11 @@ class Machine(RuleBasedStateMachine):
         session = self.pick_session(pick)
         if session is None:
             return
-        now, wish = self.now, Wish(tuple(names), exclusive, readonly, timeout, purpose)
+        now, request = self.now, LoanRequest(tuple(names), exclusive, readonly, timeout, purpose)
         self.request(
             "borrow",
             session,
-            lambda lender, whose, seq: lender.borrow(whose, seq, wish, now),
+            lambda lender, whose, seq: lender.borrow(whose, seq, request, now),
             lambda model, whose, seq: model.borrow(
                 whose, seq, names, now, exclusive, readonly, timeout, purpose
             ),
@@ -450,7 +450,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def exclusive_is_alone(self) -> None:
         for entry in self.lender.entries.values():
-            if any(session.wish.exclusive for session in entry.holders.values()):
+            if any(session.request.exclusive for session in entry.holders.values()):
                 assert len(entry.holders) == 1
 
     def teardown(self) -> None:

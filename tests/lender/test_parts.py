@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import fdbroker.lender
-from fdbroker.lender import ledger, lender, parts
-from fdbroker.lender.quotas import Account
+from fdbroker.lender import ledger, lender, model
+from fdbroker.lender.accounting import Account
 
 from .kit import CountingFD
 
@@ -21,9 +21,9 @@ def is_at_first(one, **expected: object) -> None:
 
 
 def test_a_new_session_does_nothing_and_has_nothing() -> None:
-    peer, record = parts.Peer(1000, 100, 12), memoryview(bytearray(8))
+    peer, record = model.Peer(1000, 100, 12), memoryview(bytearray(8))
     account = Account(1000)
-    session = parts.Session(3, 7, peer, record, account)
+    session = model.Session(3, 7, peer, record, account)
     is_at_first(
         session,
         slot=3,
@@ -32,8 +32,8 @@ def test_a_new_session_does_nothing_and_has_nothing() -> None:
         record=record,
         account=account,
         seq=0,
-        state=parts.IDLE,
-        wish=parts.NO_WISH,
+        state=model.IDLE,
+        request=model.NO_REQUEST,
         entries=(),
         cells=(),
         borrow_seq=0,
@@ -42,7 +42,7 @@ def test_a_new_session_does_nothing_and_has_nothing() -> None:
         awaited=None,
         asked=0,
         asked_seq=0,
-        deadline=parts.FOREVER,
+        deadline=model.FOREVER,
         made=None,
         owned={},
     )
@@ -51,7 +51,7 @@ def test_a_new_session_does_nothing_and_has_nothing() -> None:
 
 def test_a_new_entry_lives_and_nobody_has_it() -> None:
     fd = CountingFD()
-    entry = parts.Entry(2, "web", b"", 5, fd)  # type: ignore[arg-type]
+    entry = model.Entry(2, "web", b"", 5, fd)  # type: ignore[arg-type]
     is_at_first(
         entry,
         slot=2,
@@ -62,7 +62,7 @@ def test_a_new_entry_lives_and_nobody_has_it() -> None:
         sysfd=0,
         ancillary=None,
         where="",
-        state=parts.LIVE,
+        state=model.LIVE,
         kind=0,
         maker=0,
         maker_seq=0,
@@ -79,15 +79,15 @@ def test_a_new_entry_lives_and_nobody_has_it() -> None:
     )
     assert fd.refs == 1  # the closer's
     assert repr(entry) == "<Entry 'web' generation 5>"
-    nameless = parts.Entry(2, "", b"\1\2", 5, fd)  # type: ignore[arg-type]
+    nameless = model.Entry(2, "", b"\1\2", 5, fd)  # type: ignore[arg-type]
     assert repr(nameless) == "<Entry '0102' generation 5>"
 
 
 def test_the_package_has_what_its_modules_have() -> None:
     assert fdbroker.lender.Lender is lender.Lender
     assert fdbroker.lender.Ledger is ledger.Ledger
-    for name in ("Entry", "Peer", "Session", "Wish"):
-        assert getattr(fdbroker.lender, name) is getattr(parts, name)
+    for name in ("Entry", "Peer", "Session", "LoanRequest"):
+        assert getattr(fdbroker.lender, name) is getattr(model, name)
     for name in fdbroker.lender.__all__:
         assert getattr(fdbroker.lender, name).__name__ == name
     with pytest.raises(AttributeError, match=r"module 'fdbroker.lender' has no attribute 'Loan'$"):
@@ -103,9 +103,9 @@ def test_who_wants_a_name_checked_loads_no_lender() -> None:
 
 
 def test_a_plain_wish_takes_one_message_and_what_is_there() -> None:
-    assert parts.Wish(("web",)).plain
-    assert parts.Wish(("web",), exclusive=True, timeout=5, purpose="for a test").plain
-    assert not parts.Wish(("web",), readonly=True).plain
-    assert not parts.Wish(("web", "db")).plain
-    assert not parts.Wish(("web", "db"), readonly=True).plain
-    assert not parts.NO_WISH.plain
+    assert model.LoanRequest(("web",)).plain
+    assert model.LoanRequest(("web",), exclusive=True, timeout=5, purpose="for a test").plain
+    assert not model.LoanRequest(("web",), readonly=True).plain
+    assert not model.LoanRequest(("web", "db")).plain
+    assert not model.LoanRequest(("web", "db"), readonly=True).plain
+    assert not model.NO_REQUEST.plain

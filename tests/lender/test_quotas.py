@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.errors import QuotaExceeded, TooManyFiles
-from fdbroker.lender.quotas import (
+from fdbroker.lender.accounting import (
     BYTES,
     DEFAULT,
     FEW,

@@ -13,7 +13,7 @@ from fdbroker.errors import (
     WouldDeadlock,
 )
 from fdbroker.lender.ledger import COMMIT, Ledger
-from fdbroker.lender.parts import FREE, IDLE
+from fdbroker.lender.model import FREE, IDLE
 
 from .kit import SECOND, Rig
 

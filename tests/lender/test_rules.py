@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdbroker.lender.accounting import DEFAULT, WHAT
 from fdbroker.lender.names import check_name
-from fdbroker.lender.quotas import DEFAULT, WHAT
 from fdbroker.lender.rules import ALL_RIGHTS, LISTEN, NO_RIGHTS, READ, VERBS, Rule, Rules
 
 OWN, ALICE, BOB, UNKNOWN = 500, 1000, 1001, 65534

@@ -1,0 +1,1 @@
+"""The borrower's side: the client, its sessions, and loans."""

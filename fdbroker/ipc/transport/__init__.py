@@ -1,0 +1,1 @@
+"""How a message and its descriptors get from one process to another, on this platform."""
