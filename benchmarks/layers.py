@@ -78,7 +78,7 @@ from fdbroker.ipc.transport.unix import (
     rights,
 )
 from fdbroker.lender import Ledger, Lender
-from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SINCE, STATE_BITS, WHAT
+from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SHAPE, SINCE, STATE_BITS
 from fdbroker.lender.model import IDLE, LENT, Peer
 from fdbroker.rc import FD
 
@@ -293,7 +293,7 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
                     return
                 if verb == RETURN:
                     if lends:
-                        lender.give_back(session, seq, now)
+                        lender.return_loan(session, seq, now)
                     elif writes:
                         record[COMMIT] = seq << STATE_BITS | IDLE
                     continue
@@ -304,7 +304,7 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
                 elif writes:
                     record[BORROW_SEQ] = seq
                     record[SINCE] = now
-                    record[WHAT] = fields.shape | slot
+                    record[SHAPE] = fields.shape | slot
                     record[COMMIT] = seq << STATE_BITS | LENT
                 if watches:
                     ioctl(number, SIOCOUTQ, QUEUED)

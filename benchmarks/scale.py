@@ -23,7 +23,7 @@ from fdbroker.descriptors import Kind
 from fdbroker.ipc.protocol.messages import BORROW, encode
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.model import LoanRequest, Peer
-from fdbroker.lender.recovery import load
+from fdbroker.lender.recovery import recover
 from fdbroker.rc import FD
 
 CONFIGURED = 10_000
@@ -124,7 +124,7 @@ def ledger() -> Iterator[Figure]:
         peers = dict.fromkeys((session.slot for session in crowd), PEER)
         again = {slot: FD(shared, _keep) for slot in lender.entries}
         began = time.perf_counter()
-        loaded = load(Ledger(memoryview(buffer), *ROOM), peers, again, 0)
+        loaded = recover(Ledger(memoryview(buffer), *ROOM), peers, again, 0)
         took = time.perf_counter() - began
         if (len(loaded.entries), loaded.loans) != (NAMES, SESSIONS):
             raise RuntimeError(f"{len(loaded.entries)} entries, {loaded.loans} loans were loaded")

@@ -17,7 +17,7 @@ from benchmarks.table import goals, table
 from fdbroker.cli import COMMANDS, loans, ls, stats
 from fdbroker.cli.status import MEANINGS
 from fdbroker.ipc.client.client import EntryInfo, LoanInfo, Usage
-from fdbroker.lender.accounting import DEFAULT, WHAT
+from fdbroker.lender.accounting import DEFAULT, RESOURCES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -100,10 +100,10 @@ def test_the_pages_have_stats_and_quotas_as_they_are() -> None:
     )
     assert re.findall(r"^\| `(\w+)`", broker, re.M) == ["broker", "users"]
     assert re.findall(r"^\| `(\w+)`", user, re.M) == list(Usage._fields)
-    assert re.findall(r"^\| `(\w+)`", what, re.M) == list(WHAT)
+    assert re.findall(r"^\| `(\w+)`", what, re.M) == list(RESOURCES)
     (example,) = map(json.loads, re.findall(r"^\{.*\}$", page, re.M))
     assert tuple(example) == Usage._fields
-    assert tuple(example["used"]) == tuple(example["limits"]) == WHAT
+    assert tuple(example["used"]) == tuple(example["limits"]) == RESOURCES
     page = (DOCS / "configuration.md").read_text().partition("\n## Quotas\n")[2]
     given = re.findall(r"^\| `(\w+)` \| (\d+)( MiB)? \| ", page.partition("```")[0], re.M)
     defaults = {name: int(number) * (2**20 if unit else 1) for name, number, unit in given}

@@ -7,9 +7,9 @@ import argparse
 from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import print_json, print_table, user, write
 from fdbroker.ipc.client.client import Client, Usage
-from fdbroker.lender.accounting import WHAT
+from fdbroker.lender.accounting import RESOURCES
 
-HEADER = ("USER", *map(str.upper, WHAT))
+HEADER = ("USER", *map(str.upper, RESOURCES))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +50,6 @@ def _row(usage: Usage) -> list[str]:
         str(usage.used[what])
         if (limit := usage.limits[what]) is None
         else f"{usage.used[what]}/{limit}"
-        for what in WHAT
+        for what in RESOURCES
     )
     return [user(usage.uid), *cells]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdbroker import openers
 from fdbroker.errors import BadAddress, BadName, BadResource, ConfigError
 from fdbroker.ipc.transport.address import check_path
-from fdbroker.lender.accounting import DEFAULT, NO_LIMIT, WHAT, Quota
+from fdbroker.lender.accounting import DEFAULT, NO_LIMIT, RESOURCES, Quota
 from fdbroker.lender.names import check_name
 from fdbroker.lender.rules import Rule
 
@@ -229,7 +229,7 @@ def _rule(table: Table) -> Rule:
 
 
 def _quota(table: Table) -> tuple[tuple[str, int], ...]:
-    given = {what: table.take(what, _count) for what in WHAT}
+    given = {what: table.take(what, _count) for what in RESOURCES}
     table.check_all_known()
     return tuple((what, most) for what, most in given.items() if most is not None)
 

@@ -1,25 +1,30 @@
-"""Quotas: what each uid uses of the broker, and how much of it it may.
+"""Accounting: how much of the broker each uid uses, and how much of it each uid may use.
+
+Every uid that uses something has an account, with one number for each resource:
 
     sessions   connections, from the accept until the socket is closed
-    loans      entries on loan, or waited for in the line; of several at once each counts
-    entries    what it has put, until that is closed
-    waiting    requests that wait for a turn, or for a close
-    bytes      of answers that it has not read
-    closes     descriptors in the broker's hands that are no entries: what came with a message, what
-               was opened for a read-only loan, what is being closed.  A close that is stuck stays
-    inflight   descriptors that were sent to it, and that it has not received
+    loans      entries on loan or waited for; a loan of three entries counts three times
+    entries    entries that the uid has put, until they are closed
+    waiting    requests that wait for a grant or for a final close
+    bytes      bytes of replies that the uid's clients have not read
+    closes     descriptors in the broker's hands that are no entries: received with a message,
+               opened for a read-only loan, or being closed.  A close that is stuck stays counted
+    inflight   descriptors that were sent to the uid's clients and not received by them
 
-Everyone has at most what the rules say (`Quota`), and **at most half of what is still free**: who
-has `used` of a table with `free` rows left may have ``(used + free + 1) // 2``.  So the first one
-who wants all gets a half, the next a quarter, and there is something left for whoever comes.
-Sessions, entries and closes are descriptors of the broker, of which there is one supply for all.
-Who has its half of these by what others took since may still have a `FEW` in hand: closes, and of
-them no more than half of what is free.
+Two things limit an account.  The rules give each uid a quota (`Quota`).  Beyond that, no uid gets
+**more than half of what is free**: with `used` rows of a table of its own and `free` rows left, it
+may have ``(used + free + 1) // 2``.  The first uid that takes all it can gets one half of the
+table, the next a quarter, and there is always something left for a newcomer.  Sessions, entries
+and closes are descriptors of the broker, of which there is one supply.  A uid may exceed its share
+because others took descriptors later.  It may still have `GRACE` closes then, but no more than
+half of the free descriptors, so that its remaining requests can be served.
 
-The broker's own uid and root are counted, but held to no quota: they may do all, and could end the
-broker as well.  What the broker keeps by its own configuration is on nobody's account.
+Use is counted by charges.  `Accounting.check` raises if there would be too much, and
+`Accounting.charge` counts it and returns a `Charge`.  The object that causes the use keeps its
+charge and releases it, so no other place has to know how much there is to subtract.
 
-An account is there as long as its uid uses anything.
+The broker's own uid and root are counted but have no limits, because they may do everything and
+could stop the broker as well.  Entries of the broker's configuration are charged to no account.
 """
 
 from __future__ import annotations
@@ -28,17 +33,27 @@ from typing import NamedTuple
 
 from fdbroker.errors import QuotaExceeded, TooManyFiles
 
-WHAT = ("sessions", "loans", "entries", "waiting", "bytes", "closes", "inflight")
-# what takes how many of the broker's descriptors: one that is put is among the closes already
+RESOURCES = ("sessions", "loans", "entries", "waiting", "bytes", "closes", "inflight")
+
+# How many of the broker's descriptors one more of each resource takes.  A descriptor that is put is
+# among the closes until it is an entry, so an entry takes no further one.
 DESCRIPTORS = {"sessions": 1, "entries": 0, "closes": 1}
+
 NO_LIMIT = 2**53
-FEW = 16  # closes that one may have beyond its half of all descriptors
-SPARE = 32  # descriptors that the broker's threads may just be using for themselves
-BYTES = 64 * 1024 * 1024  # of answers that nobody has read, in all
+
+# Closes that a uid may have beyond its half of all descriptors.
+GRACE = 16
+
+# Descriptors that the broker's threads may need for themselves at any moment.
+# Only the server's `has_room` check uses this; it goes when a worker receives every put.
+SPARE = 32
+
+# Bytes of unread replies to all uids together.
+BYTES = 64 * 1024 * 1024
 
 
 class Quota(NamedTuple):
-    """The most that one uid may have of each."""
+    """The most that one uid may have of each resource."""
 
     sessions: int = 1024
     loans: int = 4096
@@ -50,30 +65,39 @@ class Quota(NamedTuple):
 
 
 DEFAULT = Quota()
-UNLIMITED = Quota(*[NO_LIMIT] * len(WHAT))
+UNLIMITED = Quota(*[NO_LIMIT] * len(RESOURCES))
 
 
 class Account:
-    """What one uid uses.  `limited`: whether it is held to its quota."""
+    """How much one uid uses of each resource.
 
-    __slots__ = ("closing", "limited", "members", "most_loans", "quota", "uid", *WHAT)
+    Besides the resources there are two internal counts: `members`, the entries of loans of several
+    beyond the first of each, and `closing`, the closes of descriptors that are still entries.
+
+    `limited` tells whether the uid has limits at all.  `most_loans` equals ``quota.loans``; it has
+    an attribute of its own because every borrow reads it.
+    """
+
+    __slots__ = ("closing", "limited", "members", "most_loans", "quota", "uid", *RESOURCES)
 
     def __init__(self, uid: int) -> None:
         self.uid = uid
-        self.forget_quota()
-        self.members = 0  # of loans of several, beyond the first of each
-        self.closing = 0  # of the closes, those that are entries as well
+        self.clear_limit()
+        self.members = self.closing = 0
         self.sessions = self.loans = self.entries = self.waiting = 0
         self.bytes = self.closes = self.inflight = 0
 
-    def forget_quota(self) -> None:
-        """Nobody has said how much it may have: whatever there is."""
+    def clear_limit(self) -> None:
+        """Let the uid have whatever there is."""
         self.limited = False
         self.quota = UNLIMITED
-        self.most_loans = NO_LIMIT  # quota.loans, by itself since each borrow asks
+        self.most_loans = NO_LIMIT
 
-    def hold_to(self, quota: Quota) -> None:
-        """It may have that much; if there was another quota before, of each the larger one."""
+    def set_limit(self, quota: Quota) -> None:
+        """Limit the uid to `quota`; if it has a quota already, to the larger of both.
+
+        Sessions of one uid can have different rights, since rules can depend on groups.
+        """
         if self.limited:
             quota = Quota(*map(max, self.quota, quota))
         self.limited = True
@@ -82,38 +106,85 @@ class Account:
 
     @property
     def descriptors(self) -> int:
-        """How many of the broker's it takes."""
+        """The number of the broker's descriptors that the uid takes."""
         return self.sessions + self.entries + self.closes - self.closing
 
     @property
     def idle(self) -> bool:
-        """Whether it uses nothing."""
-        used = self.descriptors or self.loans or self.waiting or self.bytes or self.inflight
-        return not used
+        """Whether the uid uses nothing."""
+        return not (
+            self.sessions
+            or self.loans
+            or self.entries
+            or self.waiting
+            or self.bytes
+            or self.closes
+            or self.inflight
+        )
 
     def __repr__(self) -> str:
-        used = " ".join(f"{what}={getattr(self, what)}" for what in WHAT)
+        used = " ".join(f"{resource}={getattr(self, resource)}" for resource in RESOURCES)
         return f"<Account of uid {self.uid}: {used}>"
 
 
-class Quotas:
-    """The accounts of all uids, and the supplies that they share."""
+class Charge:
+    """The use that an account is charged with for one thing, until the charge is released.
+
+    `account` is None for the broker itself.
+    """
+
+    __slots__ = ("_accounting", "account", "count", "resource")
+
+    def __init__(
+        self, accounting: Accounting, account: Account | None, resource: str, count: int
+    ) -> None:
+        self._accounting = accounting
+        self.account = account
+        self.resource = resource
+        self.count = count
+        accounting.add(account, resource, count)
+
+    def set(self, count: int) -> None:
+        """Change how much the account is charged with."""
+        change, self.count = count - self.count, count
+        if change:
+            self._accounting.add(self.account, self.resource, change)
+
+    def release(self) -> None:
+        """Charge nothing any more.  A second call has no effect."""
+        self.set(0)
+
+    def __repr__(self) -> str:
+        uid = "none" if self.account is None else self.account.uid
+        return f"<Charge of {self.count} {self.resource} to uid {uid}>"
+
+
+class Accounting:
+    """The accounts of all uids, and the supplies that they share.
+
+    `total` has the sums of all accounts and of the broker's own use.  Only its `loans` are not a
+    sum, because loans that were granted are counted on the account alone (see `state.hold`).
+
+    `capacity` is what all uids together can have of a resource.  `descriptors` is the number of
+    descriptors that clients and entries may take, and `own` the number that the broker keeps for
+    itself; the server sets both.
+    """
 
     def __init__(self, sessions: int, entries: int, members: int) -> None:
         self.accounts: dict[int, Account] = {}
-        self.total = Account(-1)  # but for loans, which are counted at each borrow
-        self._members = members
-        self.capacity = {  # all uids together
+        self.total = Account(-1)
+        self.capacity = {
             "sessions": sessions,
             "entries": entries,
             "waiting": sessions,
             "bytes": BYTES,
+            "members": members,
         }
-        self.descriptors = NO_LIMIT  # of the broker, which clients and entries may take, and ...
-        self.own = 0  # ... those that they may not
+        self.descriptors = NO_LIMIT
+        self.own = 0
 
     def account(self, uid: int) -> Account:
-        """The account of a uid, a new one if it has none."""
+        """Return the account of `uid`, a new one if there is none."""
         account = self.accounts.get(uid)
         if account is None:
             account = self.accounts[uid] = Account(uid)
@@ -121,81 +192,98 @@ class Quotas:
 
     @property
     def free_descriptors(self) -> int:
-        """How many more the broker may have."""
+        """The number of descriptors that are left for clients and entries."""
         return self.descriptors - self.total.descriptors
 
-    def limit(self, account: Account, what: str) -> int:
-        """The most that it may have of that, as things are now."""
-        most: int = getattr(account.quota, what)
+    def limit(self, account: Account, resource: str) -> int:
+        """Return the most that the account may have of `resource` at present."""
+        most: int = getattr(account.quota, resource)
         if not account.limited:
             return most
-        used: int = getattr(account, what)
-        if what in self.capacity:
-            free = self.capacity[what] - getattr(self.total, what)
-            most = min(most, half(used, free))
-        if what in DESCRIPTORS:
+        used: int = getattr(account, resource)
+        if resource in self.capacity:
+            free = self.capacity[resource] - getattr(self.total, resource)
+            most = min(most, fair_share(used, free))
+        if resource in DESCRIPTORS:
             free = self.free_descriptors
-            share = used + half(account.descriptors, free) - account.descriptors
-            if what == "closes":  # what others take, must not end who has nothing in hand
-                share = max(share, min(FEW, half(used, free)))
-            most = min(most, share + (1 - DESCRIPTORS[what]))
+            share = used + fair_share(account.descriptors, free) - account.descriptors
+            if resource == "closes":
+                # A uid that has nothing in hand must not be cut off because others took more.
+                share = max(share, min(GRACE, fair_share(used, free)))
+            most = min(most, share + (1 - DESCRIPTORS[resource]))
         return max(0, most)
 
-    def has_room(self, account: Account, count: int) -> bool:
-        """Whether `count` more may come for it in a message, and surely get numbers."""
-        if account.limited and account.closes + count > self.limit(account, "closes"):
-            return False
-        return count + SPARE <= self.free_descriptors
+    def check(self, account: Account, resource: str, count: int = 1) -> None:
+        """Raise if the account may not have `count` more of `resource`.
 
-    def check_one(self, account: Account) -> None:
-        """Raise `QuotaExceeded` if it has too much in hand for one more to come in a message.
-
-        A few may be closed just now; its entries, as they end, may be more than that.
+        Raises `QuotaExceeded` if its limit is reached, and `TooManyFiles` if the account has no
+        limit but the broker has no descriptor left.
         """
-        if account.limited and account.closes - account.closing >= FEW:
-            self.check(account, "closes")
-
-    def check_members(self, account: Account, count: int) -> None:
-        """Raise `QuotaExceeded` if a loan of several may not have `count` beside the first."""
+        used: int = getattr(account, resource)
         if account.limited:
-            room = half(account.members, self._members - self.total.members) - account.members
-            if count > room:
-                raise QuotaExceeded("loans", account.loans, account.loans + 1 + room)
-
-    def add_members(self, account: Account, count: int) -> None:
-        """Note that its loans have so many more, or less, beside the first of each.
-
-        Each loan of several does, and `add` would take three times as long.
-        """
-        account.members += count
-        self.total.members += count
-
-    def check(self, account: Account, what: str, count: int = 1) -> None:
-        """Raise `QuotaExceeded` if it may not have `count` more, `TooManyFiles` if nobody may."""
-        used: int = getattr(account, what)
-        if account.limited:
-            limit = self.limit(account, what)
+            limit = self.limit(account, resource)
             if used + count > limit:
-                raise QuotaExceeded(what, used, limit)
-        elif what in DESCRIPTORS and count * DESCRIPTORS[what] > self.free_descriptors:
+                raise QuotaExceeded(resource, used, limit)
+        elif resource in DESCRIPTORS and count * DESCRIPTORS[resource] > self.free_descriptors:
             raise TooManyFiles(
                 "broker", self.own + self.descriptors, self.own + self.total.descriptors
             )
 
-    def add(self, account: Account | None, what: str, count: int = 1) -> None:
-        """Note that it has `count` more, or less; None: the broker itself."""
+    def check_receive(self, account: Account) -> None:
+        """Raise `QuotaExceeded` if too much is in hand to receive one more descriptor.
+
+        A few closes may always be pending.  The closes of entries do not count here: a client that
+        ends can cause any number of them at once.
+        """
+        if account.limited and account.closes - account.closing >= GRACE:
+            self.check(account, "closes")
+
+    def has_room(self, account: Account, count: int) -> bool:
+        """Tell whether a message may bring `count` descriptors, all of which surely get numbers."""
+        if account.limited and account.closes + count > self.limit(account, "closes"):
+            return False
+        return count + SPARE <= self.free_descriptors
+
+    def charge(self, account: Account | None, resource: str, count: int = 1) -> Charge:
+        """Count `count` more of `resource`, and return the charge, which the caller releases.
+
+        Nothing is refused here: `check` comes before.  The resource is one of `RESOURCES`, or
+        ``"closing"`` for a close of a descriptor that stays an entry until it is closed.  Such a
+        close is charged as one of ``"closes"`` too, and takes no further descriptor.
+        """
+        return Charge(self, account, resource, count)
+
+    def add(self, account: Account | None, resource: str, count: int) -> None:
+        """Change what is counted.  Code outside of this module charges instead."""
         if account is not None:
-            setattr(account, what, getattr(account, what) + count)
-        setattr(self.total, what, getattr(self.total, what) + count)
+            setattr(account, resource, getattr(account, resource) + count)
+        setattr(self.total, resource, getattr(self.total, resource) + count)
         if count < 0 and account is not None:
             self.drop_idle(account)
 
     def drop_idle(self, account: Account) -> None:
-        """Forget it if it uses nothing."""
-        if account.idle:
-            self.accounts.pop(account.uid, None)
+        """Forget the account if its uid uses nothing."""
+        if account.idle and self.accounts.get(account.uid) is account:
+            del self.accounts[account.uid]
+
+    def check_members(self, account: Account, count: int) -> None:
+        """Raise `QuotaExceeded` if a loan may not have `count` entries beyond the first."""
+        if account.limited:
+            free = self.capacity["members"] - self.total.members
+            room = fair_share(account.members, free) - account.members
+            if count > room:
+                raise QuotaExceeded("loans", account.loans, account.loans + 1 + room)
+
+    def add_members(self, account: Account, count: int) -> None:
+        """Count `count` more entries of loans beyond the first of each.
+
+        Every loan of several entries comes here twice, and a charge takes three times as long.  The
+        two calls that balance each other are in `cells.py`.
+        """
+        account.members += count
+        self.total.members += count
 
 
-def half(used: int, free: int) -> int:
-    """How many in all one may have who has so many: half of what would be free without it."""
+def fair_share(used: int, free: int) -> int:
+    """Return half of what would be free if the uid that has `used` had none of it."""
     return (used + max(0, free) + 1) // 2

@@ -37,7 +37,7 @@ HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
 NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
 
 # the words of a session's record; what follows CELL is only meant while it waits
-COMMIT, ID, BORROW_SEQ, SINCE, WHAT, CELL, ARRIVAL, ASKED, DEADLINE, PURPOSE = range(10)
+COMMIT, ID, BORROW_SEQ, SINCE, SHAPE, CELL, ARRIVAL, ASKED, DEADLINE, PURPOSE = range(10)
 PURPOSE_BYTES = 128
 SESSION_WORDS = PURPOSE + PURPOSE_BYTES // 8
 
@@ -72,8 +72,8 @@ def shape(members: int, flags: int, purpose_size: int) -> int:
 class EntryRecord(NamedTuple):
     """An entry's fields, in the order of the record."""
 
-    maker: int
-    maker_seq: int
+    creator: int
+    creator_seq: int
     since: int
     uid: int
     kind: int
@@ -156,15 +156,15 @@ class Ledger:
     def read_session(self, slot: int) -> tuple[int, int, int, SessionRecord]:
         """(seq, state, id, fields) of a session's record."""
         record = self.record(slot)
-        commit, what = record[COMMIT], record[WHAT]
-        size = min(what >> 56, PURPOSE_BYTES)
+        commit, loan = record[COMMIT], record[SHAPE]
+        size = min(loan >> 56, PURPOSE_BYTES)
         at = (self._sessions_at + slot * SESSION_WORDS + PURPOSE) * 8
         fields = SessionRecord(
             record[BORROW_SEQ],
             record[SINCE],
-            entry=what & HALF,
-            members=what >> 32 & 0xFFFF,
-            flags=what >> 48 & 0xFF,
+            entry=loan & HALF,
+            members=loan >> 32 & 0xFFFF,
+            flags=loan >> 48 & 0xFF,
             cell=record[CELL],
             arrival=record[ARRIVAL],
             asked=record[ASKED],

@@ -1,10 +1,13 @@
-"""What the lender keeps account of: peers, sessions, their loans, and entries.
+"""The records that the lender keeps: peers, entries, and sessions with their loans or waits.
 
-Plain records with the states they can be in; what moves them is in `lender.py`.
+The records are plain data.  `lender.py` and `state.py` change them, and write each change through
+to the ledger.  Sessions and entries have a state, which is the one of their record there:
 
     session   FREE -> IDLE -> WAITING -> LENT -> IDLE -> ... -> FREE
-                      IDLE -> CLOSING -> IDLE    (it waits for the final close of an entry)
-    entry     FREE -> LIVE -> RETIRING -> FREE   (at once without loans, else with the last one)
+                      IDLE -> CLOSING -> IDLE    while it waits for the final close of an entry
+    entry     FREE -> LIVE -> RETIRING -> FREE   at once if it is not on loan, else after the loans
+
+All times are nanoseconds of CLOCK_BOOTTIME.
 """
 
 from __future__ import annotations
@@ -19,58 +22,84 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from fdbroker.lender.accounting import Account
+    from fdbroker.lender.accounting import Account, Charge
     from fdbroker.rc import FD
 
-FREE, IDLE, WAITING, LENT, CLOSING = range(5)  # a session's states
-LIVE, RETIRING = 1, 2  # an entry's states, beside FREE
+# The states of a session.
+FREE, IDLE, WAITING, LENT, CLOSING = range(5)
 
-EXCLUSIVE, READONLY = 1, 2  # a loan's flags in the ledger
-EPHEMERAL, NAMELESS = 1, 2  # an entry's flags in the ledger
+# The states of an entry, beside FREE.
+LIVE, RETIRING = 1, 2
 
-FOREVER = 0  # a deadline that never comes
+# The flags of a loan and of an entry in the ledger.  The wire has flags of its own.
+LOAN_EXCLUSIVE, LOAN_READONLY = 1, 2
+ENTRY_EPHEMERAL, ENTRY_NAMELESS = 1, 2
+
+# The deadline of a wait without a timeout.
+FOREVER = 0
+
+SECOND = 1_000_000_000
 
 
 class Peer(NamedTuple):
-    """Who is at the other end of a session, as the kernel says.  `pid` 0 is: unknown."""
+    """The process at the other end of a session, as the kernel tells; `pid` 0 is an unknown one."""
 
     uid: int
     gid: int
     pid: int
 
     def is_process_of(self, other: Peer) -> bool:
-        """Whether both are sessions of one process.  A pid alone says nothing: that of one who is
-        dead may be another's by now."""
+        """Tell whether both are sessions of one process.
+
+        The pid alone does not tell: another user's process may have the pid of a dead one.
+        """
         return self.pid == other.pid != 0 and self.uid == other.uid
 
 
 class Entry:
-    """A descriptor that the broker keeps under a name, or nameless under a ticket."""
+    """A descriptor that the broker keeps under a name, or under a ticket if it is nameless.
+
+    slot              its place in the ledger
+    generation        a number that no other entry has
+    fd, sysfd         the descriptor, with one reference that belongs to the closer; its number
+    ancillary         the prepared control message that lends it; not in the ledger
+    target            its path or address, for people; not in the ledger
+    creator           the id of the session that put it, 0 for the broker; `creator_seq` is the seq
+                      of that request
+    owner             the session with whose end it retires, if it is `ephemeral`
+    account, charge   the uid's account that it is charged to, None for the broker; the charge
+    holders           by slot: the sessions that have it on loan
+    pins              how often the broker itself uses the descriptor; it stays open meanwhile
+    waiters           by slot, in order of arrival: the sessions that wait for a grant
+    exclusive_waiters those of them that wait for an exclusive one
+    close_waiters     by slot: the sessions that wait for the final close
+    """
 
     __slots__ = (
         "account",
         "ancillary",
+        "charge",
+        "close_waiters",
+        "creator",
+        "creator_seq",
         "ephemeral",
+        "exclusive_waiters",
         "fd",
         "generation",
         "held_exclusively",
         "holders",
         "kind",
-        "line",
-        "maker",
-        "maker_seq",
         "name",
         "owner",
+        "pins",
         "since",
         "slot",
         "state",
         "sysfd",
+        "target",
         "ticket",
-        "turns",
         "uid",
-        "users",
-        "watchers",
-        "where",
+        "waiters",
     )
 
     def __init__(self, slot: int, name: str, ticket: bytes, generation: int, fd: FD) -> None:
@@ -79,34 +108,40 @@ class Entry:
         self.ticket = ticket
         self.generation = generation
         self.fd = fd
-        self.sysfd = fd.incref()  # the closer's reference
-        self.ancillary: Any = None  # what the channel sends of it; not in the ledger
-        self.where = ""  # its path or address, for people; not in the ledger
+        self.sysfd = fd.incref()
+        self.ancillary: Any = None
+        self.target = ""
         self.state = LIVE
         self.kind = 0
-        self.maker = 0  # the id of the session that put it, and ...
-        self.maker_seq = 0  # ... the seq of that request
-        self.ephemeral = False  # it retires when ...
-        self.owner: Session | None = None  # ... this session ends
+        self.creator = 0
+        self.creator_seq = 0
+        self.ephemeral = False
+        self.owner: Session | None = None
         self.since = 0
         self.uid = 0
-        self.account: Account | None = None  # who is charged for it; None: the broker itself
-        self.holders: dict[int, Session] = {}  # by slot: who has it on loan
+        self.account: Account | None = None
+        self.charge: Charge | None = None
+        self.holders: dict[int, Session] = {}
         self.held_exclusively = False
-        self.users = 0  # of the broker's own: it is not closed before they are done with `sysfd`
-        self.line: OrderedDict[int, Session] = OrderedDict()  # who waits for it, in order
-        self.turns: dict[int, Session] = {}  # those of them who wait for it exclusively
-        self.watchers: dict[int, Session] = {}  # by slot: who waits for its final close
+        self.pins = 0
+        self.waiters: OrderedDict[int, Session] = OrderedDict()
+        self.exclusive_waiters: dict[int, Session] = {}
+        self.close_waiters: dict[int, Session] = {}
 
     def __repr__(self) -> str:
         return f"<Entry {self.name or self.ticket.hex()!r} generation {self.generation}>"
 
 
 class LoanRequest:
-    """What a borrow asks for.  Never changed, so one serves all requests that are alike.
+    """The arguments of a borrow.  A request is never changed, so equal ones can share an object.
 
-    `names` may have tickets among them (bytes); `timeout` is in nanoseconds, None waits for ever;
-    `purpose` has at most 128 bytes.
+    names                 names of entries, or tickets (bytes)
+    timeout               nanoseconds; None waits for ever
+    purpose               at most 128 bytes, for people
+    single                the grant is one message with one descriptor that is there already
+    needs_extra_records   the loan has several entries or a purpose, so it takes more of the ledger
+                          than the fixed words of a session
+    shape                 all of the loan's words in the ledger that the request fixes
     """
 
     __slots__ = (
@@ -114,11 +149,11 @@ class LoanRequest:
         "exclusive",
         "names",
         "needs_extra_records",
-        "plain",
         "purpose",
         "purpose_bytes",
         "readonly",
         "shape",
+        "single",
         "timeout",
     )
 
@@ -136,10 +171,10 @@ class LoanRequest:
         self.readonly = readonly
         self.timeout = timeout
         self.purpose = purpose
-        self.purpose_bytes = purpose.encode()  # as in the ledger, and so are ...
-        self.needs_extra_records = len(names) > 1 or purpose != ""  # to be written than one entry
-        self.plain = len(names) == 1 and not readonly  # it takes one message, and what is there
-        flags = EXCLUSIVE * exclusive | READONLY * readonly
+        self.purpose_bytes = purpose.encode()
+        self.single = len(names) == 1 and not readonly
+        self.needs_extra_records = len(names) > 1 or purpose != ""
+        flags = LOAN_EXCLUSIVE * exclusive | LOAN_READONLY * readonly
         self.shape = shape(len(names), flags, len(self.purpose_bytes))
 
 
@@ -147,8 +182,28 @@ NO_REQUEST = LoanRequest(())
 
 
 class Session:
-    """One connection of a client process: at most one loan, or one wait.  Those are not objects of
-    their own: what `request` got, or waits for, is `entries`, and the rest is beside it."""
+    """One connection of a client process, with at most one loan or one wait.
+
+    Loans and waits are not objects of their own: `request` is what the session has borrowed or
+    waits for, and the attributes beside it say the rest.
+
+    charge         the charge for its connection.  Recovery sets it, for the connection that takes
+                   the session over
+    record         its words in the ledger
+    seq            the number of the last message that was acted upon
+    request        while WAITING or LENT, else `NO_REQUEST`
+    entries        the entries of the request, in its order
+    cells          the cells in the ledger that name all entries but the first
+    borrow_seq     the seq of the request; with the session's id it names the loan
+    since          while LENT: when the loan was granted
+    arrival        while WAITING: a number that is higher than those of all earlier waits
+    awaited        while CLOSING: the entry whose final close it waits for
+    asked, asked_seq, deadline, wait_charges
+                   while WAITING or CLOSING: since when, by which request, until when, and the
+                   charges for it
+    last_put       the entry that it put last
+    owned          by slot: the ephemeral entries that retire when it ends
+    """
 
     __slots__ = (
         "account",
@@ -158,10 +213,11 @@ class Session:
         "awaited",
         "borrow_seq",
         "cells",
+        "charge",
         "deadline",
         "entries",
         "id",
-        "made",
+        "last_put",
         "owned",
         "peer",
         "record",
@@ -170,6 +226,7 @@ class Session:
         "since",
         "slot",
         "state",
+        "wait_charges",
     )
 
     def __init__(
@@ -178,22 +235,24 @@ class Session:
         self.slot = slot
         self.id = id
         self.peer = peer
-        self.account = account  # who is charged for what it does
-        self.record = record  # its words in the ledger
-        self.seq = 0  # of the last message that was acted upon
+        self.account = account
+        self.charge: Charge | None = None
+        self.record = record
+        self.seq = 0
         self.state = IDLE
-        self.request = NO_REQUEST  # unless WAITING or LENT; then it has, too:
-        self.entries: Sequence[Entry] = ()  # in the order of the request
-        self.cells: Sequence[int] = ()  # of the ledger, for all entries but the first
-        self.borrow_seq = 0  # of its request; with the session's id it names the loan
-        self.since = 0  # while LENT: when it was granted
-        self.arrival = 0  # while WAITING: its place among all that wait
-        self.awaited: Entry | None = None  # while CLOSING
-        self.asked = 0  # while WAITING or CLOSING: since when, ...
-        self.asked_seq = 0  # ... by which request, ...
-        self.deadline = FOREVER  # ... and until when
-        self.made: Entry | None = None  # what it put last
-        self.owned: dict[int, Entry] = {}  # by slot: ephemeral entries, which end with it
+        self.request = NO_REQUEST
+        self.entries: Sequence[Entry] = ()
+        self.cells: Sequence[int] = ()
+        self.borrow_seq = 0
+        self.since = 0
+        self.arrival = 0
+        self.awaited: Entry | None = None
+        self.asked = 0
+        self.asked_seq = 0
+        self.deadline = FOREVER
+        self.wait_charges: tuple[Charge, ...] = ()
+        self.last_put: Entry | None = None
+        self.owned: dict[int, Entry] = {}
 
     def __repr__(self) -> str:
         return f"<Session {self.id} of {self.peer}>"

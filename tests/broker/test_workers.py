@@ -108,8 +108,8 @@ def test_while_looking_hangs_closing_goes_on(tmp_path, stuck, data_file):
 
 
 NO_ROOM = """
-    from fdbroker.lender.accounting import Quotas
-    Quotas.has_room = lambda self, account, count: False
+    from fdbroker.lender.accounting import Accounting
+    Accounting.has_room = lambda self, account, count: False
 """
 
 

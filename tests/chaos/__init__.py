@@ -7,7 +7,7 @@
 The plan is a pure function of the seed.  What comes of it is not: the kernel decides who is first.
 So every event that the broker's lender gets is recorded in order, with what came of it, and the
 lender, which has no clock, socket or pid of its own, must do exactly the same when it is fed with
-the recording again: same results and errors, same decisions for others, same closings, same bytes
+the recording again: same results and errors, same notifications for others, same closes, same bytes
 in the ledger.  What was decided wrongly in a run can so be looked at as often as one likes.
 
     plan.py       who does what, from the seed          board.py     what all actors write into

@@ -11,21 +11,22 @@ from typing import Any
 
 from fdbroker.ipc.server.jobs import Close
 from fdbroker.ipc.transport import unix
+from fdbroker.lender import lender, state, wait_queue
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.model import Entry, LoanRequest, Session
-from fdbroker.lender.state import LenderState
 
 
 def everybody_at_once() -> None:
     """An exclusive loan excludes nobody."""
 
-    def hold(self: LenderState, session: Session) -> None:
-        correctly(self, session)
+    def hold(session: Session) -> None:
+        correctly(session)
         for entry in session.entries:
             entry.held_exclusively = False
 
-    correctly, LenderState.hold = LenderState.hold, hold  # type: ignore[method-assign]
-    LenderState._is_held = staticmethod(lambda entry, request: False)  # type: ignore[method-assign]
+    correctly, state.hold = state.hold, hold
+    lender.hold = hold
+    wait_queue.is_held = lambda entry, request: False
 
 
 def another_one() -> None:

@@ -1,10 +1,9 @@
 """The recorder: every event that a lender gets, in order, and what came of it.
 
-A lender that is recorded is one whose events (`EVENTS`, and `CHARGES` for its quotas, which the
-server also charges by itself) are written to a file as they are: the method, its arguments, then
-the result or the error, and what it newly left in `decisions` and `closings`.  An event within an
-event follows from it and is not written.  Every so often a digest of the ledger's bytes and of all
-accounts is written too.
+A recorded lender writes its events to a file (`EVENTS`, and `CHARGES` for its accounting, which the
+server also uses by itself): the method, its arguments, then the result or the error, and what it
+newly left in `notifications` and `pending_closes`.  An event within an event follows from it and is
+not written.  Every so often a digest of the ledger's bytes and of all accounts is written too.
 
 Nothing of this is in the product: `broker.py` puts it in the lender's place.
 """
@@ -23,25 +22,21 @@ import msgpack
 
 from fdbroker.errors import FDBrokerError
 from fdbroker.lender import Entry, Ledger, Lender, LoanRequest, Peer, Session
-from fdbroker.lender.accounting import WHAT, Account, Quota, Quotas
+from fdbroker.lender.accounting import RESOURCES, Account, Accounting, Quota
 from fdbroker.rc import FD
 
 EVENTS = (
-    *("open", "advance", "clear", "forget"),
-    *("borrow", "give_back", "take_back", "cancel"),
+    *("open", "advance", "clear", "free"),
+    *("borrow", "return_loan", "roll_back_grant", "cancel"),
     *("put", "retire", "retire_and_wait", "start_retiring", "closed"),
-    *("keep_open", "let_go"),
+    *("pin", "unpin"),
     "expire",
 )
 LOOKS = (  # they change nothing, or only what is forgotten when nobody asks
     *("find", "check_put", "next_deadline"),
-    *("loans", "entries_from", "sessions_from"),
+    *("loans", "waiting", "retiring", "entries_from", "sessions_from"),
 )
-WITHIN = (  # only the lender itself, or who loads one, calls them
-    *("hold", "stand_in_line", "serve_line", "enter", "watch", "watch_again"),
-    *("note_deadline", "slots_taken", "close_if_unused"),
-)
-CHARGES = ("account", "add", "drop_idle", "supply", "hold_to", "forget_quota")
+CHARGES = ("account", "add", "drop_idle", "supply", "set_limit", "clear_limit")
 CHECKPOINT, END = "#", "."
 EVENTS_BETWEEN = 2000  # checkpoints
 SIZES = struct.Struct("=II")  # before each record: of what was asked, and of what came of it
@@ -89,22 +84,25 @@ def pack(value: Any) -> bytes:
 def digest(lender: Lender) -> bytes:
     """Of the ledger, byte by byte, and of what each uid uses."""
     found = hashlib.blake2b(lender.ledger.buffer, digest_size=16)
-    quotas = lender.quotas
-    accounts = [quotas.total, *(quotas.accounts[uid] for uid in sorted(quotas.accounts))]
-    used = [[account.uid, *(getattr(account, what) for what in WHAT)] for account in accounts]
-    found.update(pack([quotas.own, quotas.descriptors, used]))
+    books = lender.accounting
+    accounts = [books.total, *(books.accounts[uid] for uid in sorted(books.accounts))]
+    used = [[account.uid, *(getattr(account, what) for what in RESOURCES)] for account in accounts]
+    found.update(pack([books.own, books.descriptors, used]))
     return found.digest()
 
 
 def outcome(lender: Lender, call: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
     """Call it: what is recorded of what comes of it, and what it raised."""
-    decided, closing = len(lender.decisions), len(lender.closings)
+    decided, closing = len(lender.notifications), len(lender.pending_closes)
     result = error = None
     try:
         result = call()
     except FDBrokerError as refusal:
         result = error = refusal
-    news = islice(lender.decisions, decided, None), islice(lender.closings, closing, None)
+    news = (
+        islice(lender.notifications, decided, None),
+        islice(lender.pending_closes, closing, None),
+    )
     return pack([result, *map(list, news)]), error
 
 
@@ -135,7 +133,7 @@ class Recorder:
             asked = pack([method, list(arguments), named])  # before: an ended session has no slot
             results: list[Any] = []
             came, error = outcome(self.lender, lambda: _kept(results, call()))
-            if method != "expire" or self.lender.decisions:  # else nobody's time had come
+            if method != "expire" or self.lender.notifications:  # else nobody's time had come
                 self._write(asked, came)
                 self.events += 1
                 if self.events % EVENTS_BETWEEN == 0:
@@ -168,18 +166,18 @@ def recording(recorder: Recorder) -> type[Lender]:
     class RecordedAccount(Account):
         __slots__ = ()
 
-        def hold_to(self, quota: Quota) -> None:
-            call = super().hold_to
-            recorder.event("hold_to", lambda: call(quota), self.uid, quota)
+        def set_limit(self, quota: Quota) -> None:
+            call = super().set_limit
+            recorder.event("set_limit", lambda: call(quota), self.uid, quota)
 
-        def forget_quota(self) -> None:
-            call = super().forget_quota
+        def clear_limit(self) -> None:
+            call = super().clear_limit
             if hasattr(self, "quota"):  # it is not just being made
-                recorder.event("forget_quota", call, self.uid)
+                recorder.event("clear_limit", call, self.uid)
             else:
                 call()
 
-    class RecordedQuotas(Quotas):
+    class RecordedAccounting(Accounting):
         def account(self, uid: int) -> Account:
             if uid not in self.accounts:
                 recorder.event("account", lambda: self._make(uid), uid)
@@ -188,7 +186,7 @@ def recording(recorder: Recorder) -> type[Lender]:
         def _make(self, uid: int) -> None:
             self.accounts[uid] = RecordedAccount(uid)
 
-        def add(self, account: Account | None, what: str, count: int = 1) -> None:
+        def add(self, account: Account | None, what: str, count: int) -> None:
             call, uid = super().add, None
             if account is not None:
                 uid = account.uid
@@ -211,8 +209,9 @@ def recording(recorder: Recorder) -> type[Lender]:
 
     class RecordedLender(Lender):
         def __init__(self, ledger: Ledger) -> None:
-            super().__init__(ledger)
-            self.quotas = RecordedQuotas(ledger.sessions, ledger.entries, ledger.cells)
+            super().__init__(
+                ledger, RecordedAccounting(ledger.sessions, ledger.entries, ledger.cells)
+            )
             recorder.begin(self)
 
     def recorded(name: str) -> Callable[..., Any]:

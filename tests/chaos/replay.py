@@ -105,7 +105,7 @@ class Replay:
 
     def _repeat(self, method: str, arguments: list[Any], named: dict[str, Any]) -> bytes:
         """Do it again: what came of it, as it is recorded."""
-        lender, quotas = self.lender, self.lender.quotas
+        lender, accounting = self.lender, self.lender.accounting
         if method == "closed":
             fd = arguments[0].fd
             fd.decref()  # the closer's reference
@@ -114,25 +114,25 @@ class Replay:
         if method in EVENTS:
             call = lambda: getattr(lender, method)(*arguments, **named)  # noqa: E731
         elif method == "account":
-            call = lambda: quotas.account(*arguments) and None  # noqa: E731
+            call = lambda: accounting.account(*arguments) and None  # noqa: E731
         elif method == "add":
             uid, what, count = arguments
-            account = None if uid is None else quotas.accounts[uid]
-            call = lambda: quotas.add(account, what, count)  # noqa: E731
+            account = None if uid is None else accounting.accounts[uid]
+            call = lambda: accounting.add(account, what, count)  # noqa: E731
         elif method == "drop_idle":
-            call = lambda: quotas.drop_idle(quotas.accounts[arguments[0]])  # noqa: E731
+            call = lambda: accounting.drop_idle(accounting.accounts[arguments[0]])  # noqa: E731
         elif method == "supply":
-            call = lambda: setattr(quotas, *arguments)  # noqa: E731
+            call = lambda: setattr(accounting, *arguments)  # noqa: E731
         elif method in CHARGES:
             uid, *rest = arguments
-            call = lambda: getattr(quotas.accounts[uid], method)(*rest)  # noqa: E731
+            call = lambda: getattr(accounting.accounts[uid], method)(*rest)  # noqa: E731
         else:
             raise Different(f"the recording has an event that is none: {method}")
         found, error = outcome(lender, call)
         if method == "put" and error is not None:
             arguments[4].detach()  # it was not taken
-        lender.decisions.clear()
-        lender.closings.clear()
+        lender.notifications.clear()
+        lender.pending_closes.clear()
         return found
 
     def _restore(self, kind: int, data: bytes) -> Any:
@@ -192,5 +192,5 @@ def _shown(came: bytes) -> str:
             return f"{'session' if kind == SESSION else 'entry'} {fields[1]} in slot {fields[0]}"
         return fields
 
-    result, decisions, closings = msgpack.unpackb(came, ext_hook=name)
-    return f"{result!r}, decisions {decisions}, closings {closings}"
+    result, notifications, closes = msgpack.unpackb(came, ext_hook=name)
+    return f"{result!r}, notifications {notifications}, pending closes {closes}"

@@ -16,13 +16,13 @@ import pytest
 from support import children, in_fork, wait_until
 
 from fdbroker.lender import Ledger, Lender, LoanRequest, Peer
-from fdbroker.lender.accounting import Account, Quotas
+from fdbroker.lender.accounting import Account, Accounting
 from fdbroker.rc import FD
 
 from . import planted, record
 from .board import Board, WrongAnswer
 from .plan import KINDS, TURNS, plan, text
-from .record import CHARGES, EVENTS, LOOKS, WITHIN, Recorder, recording
+from .record import CHARGES, EVENTS, LOOKS, Recorder, recording
 from .replay import Different, replay
 
 ROOT = Path(__file__).parents[2]
@@ -148,10 +148,10 @@ def test_the_seed_fixes_the_plan() -> None:
 def test_every_event_is_recorded() -> None:
     """A method that is new is an event, or it is not: somebody must say so."""
     public = {name for name in dir(Lender) if not name.startswith("_")}
-    assert public == {*EVENTS, *LOOKS, *WITHIN}
-    looks = {"limit", "check", "check_members", "check_one", "has_room", "free_descriptors"}
-    within = {"add_members"}  # of the lender's events
-    public = {name for name in dir(Quotas) if not name.startswith("_")}
+    assert public == {*EVENTS, *LOOKS}
+    looks = {"limit", "check", "check_members", "check_receive", "has_room", "free_descriptors"}
+    within = {"add_members", "charge"}  # of the lender's events, or a charge that is added
+    public = {name for name in dir(Accounting) if not name.startswith("_")}
     assert public <= {*CHARGES, *looks, *within}
     changes = {name for name in vars(Account) if callable(getattr(Account, name))}
     assert {name for name in changes if not name.startswith("_")} <= {*CHARGES}
@@ -163,28 +163,29 @@ def recorded(path: Path) -> None:
     room = 8, 8, 8
     ledger = Ledger(bytearray(Ledger.size(*room)), *room)
     lender = recording(recorder)(ledger)
-    lender.quotas.descriptors = 100
+    lender.accounting.descriptors = 100
     entry = lender.put(None, 0, "one", b"", FD(10**9, close=lambda number: None), 1, 5)
     one, other = (lender.open(Peer(1000, 1000, pid)) for pid in (7, 8))
-    lender.quotas.add(one.account, "sessions", 2)
+    charge = lender.accounting.charge(one.account, "sessions", 2)
     request = LoanRequest(("one",), exclusive=True, timeout=100)
     assert lender.borrow(one, 1, request, 10)
     assert not lender.borrow(other, 1, request, 11)
-    lender.give_back(one, 2, 12)
-    assert lender.decisions.popleft()[0] is other
+    lender.return_loan(one, 2, 12)
+    assert lender.notifications.popleft()[0] is other
     lender.retire("one", 13)
     lender.clear(other, 14)
-    lender.forget(other)
-    assert lender.closings.popleft() is entry
+    lender.free(other)
+    assert lender.pending_closes.popleft() is entry
     entry.fd.decref()
     lender.closed(entry, None)
+    charge.release()
     recorder.close()
 
 
 def test_a_recording_is_replayed(tmp_path: Path) -> None:
     recorded(tmp_path / "recording")
     same = replay(str(tmp_path / "recording"))
-    assert (same.events, same.whole) == (12, True)
+    assert (same.events, same.whole) == (13, True)
 
 
 def test_another_lender_does_not_do_the_same(tmp_path: Path) -> None:
@@ -199,11 +200,12 @@ def test_another_lender_does_not_do_the_same(tmp_path: Path) -> None:
 
 def test_another_decision_is_found_at_once(tmp_path: Path) -> None:
     class Forgetful(Lender):
-        def serve_line(self, entry, now, refused):
-            pass
+        def __init__(self, ledger):
+            super().__init__(ledger)
+            self.state.wake_waiters_of = lambda entry, now, refused: None
 
     recorded(tmp_path / "recording")
-    with pytest.raises(Different, match=r"event \d+, give_back.*session 2 in slot 1"):
+    with pytest.raises(Different, match=r"event \d+, return_loan.*session 2 in slot 1"):
         replay(str(tmp_path / "recording"), Forgetful)
 
 

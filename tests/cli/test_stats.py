@@ -14,7 +14,7 @@ from support import BORROW, SHARED, in_fork, start_fork, wait_until
 
 import fdbroker
 from fdbroker.cli import main, options, stats, status
-from fdbroker.lender.accounting import DEFAULT, WHAT
+from fdbroker.lender.accounting import DEFAULT, RESOURCES
 from fdbroker.lender.rules import VERBS
 
 from .kit import command, complaint, put_memory, succeeds
@@ -24,7 +24,7 @@ from .test_output import table
 assert options
 assert stats
 
-HEADER = ("USER", *(what.upper() for what in WHAT))
+HEADER = ("USER", *(what.upper() for what in RESOURCES))
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
 
@@ -43,14 +43,14 @@ def test_the_brokers_own_user_is_counted_and_has_no_limits(broker: fdbroker.Brok
     assert total == f"1 entry in all, {counts['broker']['descriptors']} open descriptors"
     (user,) = counts["users"]
     assert user["uid"] == os.geteuid()
-    assert user["limits"] == dict.fromkeys(WHAT)
+    assert user["limits"] == dict.fromkeys(RESOURCES)
     assert (user["used"]["loans"], user["used"]["entries"]) == (1, 1)
     assert counts["broker"].keys() == broker.stats().keys()
 
 
 def test_the_help_teaches_it(broker: fdbroker.Broker) -> None:
     text = succeeds(broker, "stats", "--help")
-    for what in WHAT:
+    for what in RESOURCES:
         assert what.upper() in text
     assert "fdbroker stats --json" in text
     assert "right to admin" in text
@@ -91,7 +91,7 @@ def test_each_user_with_what_it_may_have(ruled: Ruled) -> None:
     assert [tuple(row) for row in rows] == [HEADER] * 3
     root, bob, alice = rows  # by uid
     assert [root["USER"], bob["USER"], alice["USER"]] == ["root", str(BOB), str(ALICE)]
-    assert all(root[what.upper()].isdigit() for what in WHAT)
+    assert all(root[what.upper()].isdigit() for what in RESOURCES)
     assert (root["LOANS"], root["ENTRIES"]) == ("1", "3")
     assert (alice["SESSIONS"], alice["LOANS"]) == ("2/2", "3/8")
     assert alice["WAITING"].startswith("1/")
@@ -105,8 +105,8 @@ def test_each_user_with_what_it_may_have(ruled: Ruled) -> None:
     assert list(by_uid) == [0, BOB, ALICE]
     for user in by_uid.values():
         assert tuple(user) == ("uid", "used", "limits")
-        assert tuple(user["used"]) == tuple(user["limits"]) == WHAT
-    assert by_uid[0]["limits"] == dict.fromkeys(WHAT)
+        assert tuple(user["used"]) == tuple(user["limits"]) == RESOURCES
+    assert by_uid[0]["limits"] == dict.fromkeys(RESOURCES)
     assert by_uid[ALICE]["limits"]["sessions"] == 2
     assert by_uid[ALICE]["used"]["loans"] == 3
     assert counts["broker"]["entries"] == 3

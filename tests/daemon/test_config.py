@@ -13,7 +13,7 @@ from support import open_files
 
 from fdbroker.daemon.config import Config, Resource, Settings, read
 from fdbroker.errors import ConfigError
-from fdbroker.lender.accounting import DEFAULT, WHAT, Quota
+from fdbroker.lender.accounting import DEFAULT, RESOURCES, Quota
 from fdbroker.lender.rules import Rule
 
 from .kit import run
@@ -123,9 +123,9 @@ def test_quotas(written):
         (("entries", 6),),
         (("sessions", 1),),
     ]
-    every = "\n".join(f"{what} = {number}" for number, what in enumerate(WHAT, 1))
+    every = "\n".join(f"{what} = {number}" for number, what in enumerate(RESOURCES, 1))
     assert read(written(f"[quota]\n{every}\n")).quota == Quota(1, 2, 3, 4, 5, 6, 7)
-    assert Quota._fields == WHAT
+    assert Quota._fields == RESOURCES
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "[server]\n", "[entry]\n", "[quota]\n"])

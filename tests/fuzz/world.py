@@ -206,7 +206,7 @@ class World:
     def check_books(self) -> None:
         """What a successor would read from the ledger is what there is; no table is too large."""
         lender = self.server.lender
-        if lender.decisions or lender.closings:
+        if lender.notifications or lender.pending_closes:
             raise Found("somebody is not told what was decided")
         peers = {slot: session.peer for slot, session in lender.sessions.items()}
         loaded = reload(Ledger(bytearray(self.ledger.buffer)), peers, self.server.now)
@@ -216,7 +216,7 @@ class World:
             if used != list(told["accounts"].get(uid, (0, 0, 0, 0))[1:]):
                 raise Found("ledger and memory tell of different accounts")
         del told["accounts"]
-        if loaded.decisions or told != seen:
+        if loaded.notifications or told != seen:
             raise Found("ledger and memory tell different things")
         for known in (messages.KNOWN, *self.server._admission._known.values()):
             if len(known) > contract.KNOWN_REQUESTS:
@@ -260,7 +260,7 @@ class World:
             kind, where = descriptors.inspect(sysfd)
             now = self.server.now
             entry = lender.put(None, 0, name, b"", FD(sysfd), kind, now, uid=os.geteuid())
-            entry.where, entry.ancillary = where, unix.rights((entry.sysfd,))
+            entry.target, entry.ancillary = where, unix.rights((entry.sysfd,))
             self.standing[name] = entry.generation
 
     def now_open(self) -> Counter[str]:

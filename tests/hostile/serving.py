@@ -21,7 +21,7 @@ from fdbroker.cli import options, serve  # noqa: F401
 from fdbroker.daemon import log  # noqa: F401
 from fdbroker.ipc.server import acceptor
 from fdbroker.ipc.transport import unix
-from fdbroker.lender.state import SECOND
+from fdbroker.lender.model import SECOND
 
 from .target import become, unshare
 

@@ -34,7 +34,7 @@ from support import (
 import fdbroker
 from fdbroker.ipc.server.acceptor import OFFENCES, REST
 from fdbroker.ipc.transport.listener import BACKLOG
-from fdbroker.lender.state import SECOND
+from fdbroker.lender.model import SECOND
 
 from .target import ALICE, ANSWERS, BOB, CAROL, KEEPER, SLOWEST, Target, become, meanwhile
 

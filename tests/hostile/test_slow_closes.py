@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import pytest
 from support import BORROW, PATIENCE, PUT, STATS, Raw, stopped, targets, wait_until
 
-from fdbroker.lender.accounting import FEW
+from fdbroker.lender.accounting import GRACE
 
 from .fuse import FLUSH, GETATTR, Hanging, mounted
 from .target import ALICE, ANSWERS, Target, become, meanwhile
@@ -211,7 +211,7 @@ def test_what_hangs_is_within_the_share_of_who_sent_it() -> None:
             with hangs(target, hanging, FLUSH, attacker, b"sent", jobs=1):
                 wait_until(lambda: hanging.hang(FLUSH) >= 2)
                 more = (targets(target.pid) - files).total()
-                assert SESSIONS + MOST // 2 < more <= (LIMIT - files.total()) // 2 + FEW
+                assert SESSIONS + MOST // 2 < more <= (LIMIT - files.total()) // 2 + GRACE
         wait_until(lambda: not uses(target, ALICE))
 
 

@@ -26,6 +26,7 @@ from fdbroker.ipc.protocol.messages import HEAD, template
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.transport.listener import Listener
 from fdbroker.lender import Ledger, Lender
+from fdbroker.lender.accounting import Charge
 from fdbroker.lender.rules import Rule
 
 ALICE, BOB, MAPPED = 65533, 65532, 50_000  # uids; nobody has an account for any of them
@@ -147,6 +148,7 @@ def serve(address: str, control: socket.socket) -> None:
     listener = Listener(address)
     os.chmod(address, 0o777)
     server = Server(listener, lender)
+    charges: dict[int, Charge] = {}
 
     def told(about: None, events: int) -> None:
         data = control.recv(100_000)
@@ -160,13 +162,15 @@ def serve(address: str, control: socket.socket) -> None:
             control.send(data)
             return
         if isinstance(rules, int):
-            lender.quotas.descriptors = rules
+            lender.accounting.descriptors = rules
             control.send(data)
             return
         if isinstance(rules, dict):
             for uid, by in rules.items():
-                account = lender.quotas.account(uid)
-                lender.quotas.add(account, "closes", by * 1025)
+                if uid not in charges:
+                    account = lender.accounting.account(uid)
+                    charges[uid] = lender.accounting.charge(account, "closes", 0)
+                charges[uid].set(charges[uid].count + by * 1025)
             control.send(data)
             return
         server.set_rules(rules)

@@ -38,7 +38,8 @@ from fdbroker.ipc.protocol.messages import (
     template,
 )
 from fdbroker.lender import LoanRequest
-from fdbroker.lender.state import HOLDERS_NAMED, REASON_CHARS
+from fdbroker.lender.lender import REASON_CHARS
+from fdbroker.lender.wait_queue import HOLDERS_NAMED
 
 
 @pytest.fixture(autouse=True)

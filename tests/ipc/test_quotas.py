@@ -43,7 +43,7 @@ from fdbroker.errors import QuotaExceeded
 from fdbroker.ipc.server.acceptor import OFFENCES
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.transport.listener import Listener
-from fdbroker.lender.accounting import DEFAULT, WHAT
+from fdbroker.lender.accounting import DEFAULT, RESOURCES
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
@@ -58,7 +58,7 @@ def all_allowed(uid: int = ALICE, **quota: int) -> Any:
 def used(ruled: Ruled, uid: int) -> dict[str, int]:
     """What it uses, as the broker says; nothing of it: all zero."""
     found = {usage.uid: usage.used for usage in ruled.client.usage()}
-    return found.get(uid, dict.fromkeys(WHAT, 0))
+    return found.get(uid, dict.fromkeys(RESOURCES, 0))
 
 
 def is_free(ruled: Ruled, *uids: int) -> bool:
@@ -158,7 +158,7 @@ def test_entries(ruled: Ruled) -> None:
             return caught.value.data
 
     assert ask_as(ruled.address, put_three) == ("entries", 2, 2)
-    wait_until(lambda: used(ruled, ALICE) == dict.fromkeys(WHAT, 0) | {"entries": 2})
+    wait_until(lambda: used(ruled, ALICE) == dict.fromkeys(RESOURCES, 0) | {"entries": 2})
     for name in "bc":
         ruled.client.retire(name, wait=True)
     wait_until(lambda: is_free(ruled, ALICE))
@@ -323,8 +323,8 @@ def test_usage_says_what_each_may_have(ruled: Ruled) -> None:
     ruled.set_rules(all_allowed(loans=7))
     with session_as(ruled.address, ALICE):
         usage = {one.uid: one for one in ruled.client.usage()}
-        assert usage[0].limits == dict.fromkeys(WHAT)  # root: whatever there is
-        assert usage[ALICE].used == dict.fromkeys(WHAT, 0) | {"sessions": 1}
+        assert usage[0].limits == dict.fromkeys(RESOURCES)  # root: whatever there is
+        assert usage[ALICE].used == dict.fromkeys(RESOURCES, 0) | {"sessions": 1}
         assert usage[ALICE].limits["loans"] == 7
         limits = usage[ALICE].limits.items()
         assert all(0 < limit <= getattr(DEFAULT, what) for what, limit in limits if limit)

@@ -332,11 +332,11 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def connection(server: Server) -> Iterator[Connection]:
     """Of one who is held to a quota, and is not alone there."""
-    quotas = server.lender.quotas
+    quotas = server.lender.accounting
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         made = Connection(sock, Peer(ALICE, ALICE, 1), quotas)
-        made.account.hold_to(DEFAULT)
-        quotas.add(quotas.account(BOB), "sessions")
+        made.account.set_limit(DEFAULT)
+        quotas.add(quotas.account(BOB), "sessions", 1)
         yield made
 
 
@@ -374,10 +374,10 @@ def test_what_is_its_share_anyway_does_not(server: Server, connection: Connectio
 
 
 def test_who_was_alone_owes_nobody_what_it_used(server: Server, connection: Connection) -> None:
-    server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions", -1)
+    server.lender.accounting.add(server.lender.accounting.account(BOB), "sessions", -1)
     server.in_time(connection, work, 20)
     assert not server.shares.put_off
-    server.lender.quotas.add(server.lender.quotas.account(BOB), "sessions")
+    server.lender.accounting.add(server.lender.accounting.account(BOB), "sessions", 1)
     server.in_time(connection, work, 0.1)
     assert server.shares.put_off[ALICE] - server.now < 1.5e6 * (1 + shares.OTHERS)
 
@@ -387,31 +387,11 @@ def test_of_how_many_it_is_known_when_they_were_served(
 ) -> None:
     for uid in range(100_000, 100_000 + 3 * shares.UIDS):
         connection.account = Account(uid)
-        connection.account.hold_to(DEFAULT)
+        connection.account.set_limit(DEFAULT)
         server.in_time(connection, work, 0.001)
         assert uid in server.shares._paid_at
         assert len(server.shares._paid_at) <= shares.UIDS + 1
         server.now = server.shares._paid_at[uid] + 1
-
-
-def test_what_another_one_wishes_for_is_not_its_own(patient: Ruled) -> None:
-    """Who returns what is waited for has the broker look at all that the other one waits for."""
-    with (
-        session_as(patient.address, BOB) as owner,
-        session_as(patient.address, BOB) as other,
-        session_as(patient.address, ALICE) as waiter,
-        session_as(patient.address, ALICE) as waiters,
-    ):
-        owner.send(BORROW, 1, "y", *EXCLUSIVE)
-        is_lent(owner, 1)
-        waiter.send(BORROW, 1, ["y"] + ["x"] * (MANY // 2), 0, None, "")
-        wait_until(lambda: patient.client.stats()["waiting"])
-        serve_again(patient)  # to ask took long, too
-        owner.send(RETURN, 2)
-        wait_until(lambda: not patient.client.stats()["waiting"])
-        os.close(other.borrow(1, "x"))
-        waiters.send(BORROW, 1, "x", *SHARED)
-        assert waiters.is_silent(patient.client)
 
 
 def test_what_is_done_within_is_not_charged_twice(server: Server, connection: Connection) -> None:

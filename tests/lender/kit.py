@@ -18,7 +18,7 @@ from fdbroker.lender.model import (
     Peer,
     Session,
 )
-from fdbroker.lender.recovery import load
+from fdbroker.lender.recovery import recover
 from fdbroker.rc import FD
 
 SECOND = 1_000_000_000
@@ -83,7 +83,7 @@ def buffer_for(room: tuple[int, int, int] = ROOM) -> bytearray:
 def reload(ledger: Ledger, peers: dict[int, Peer], now: int, new_fd=CountingFD) -> Lender:
     """What a successor makes of `ledger`, with descriptors of its own."""
     descriptors = {slot: new_fd() for slot, state in enumerate(ledger.entry_states()) if state}
-    return load(ledger, peers, descriptors, now)
+    return recover(ledger, peers, descriptors, now)
 
 
 class CutLedger(Ledger):
@@ -172,27 +172,27 @@ def view(lender: Lender, at_closer=()) -> dict:
         "loans": lender.loans,
         "waiting": lender.waiting,
         "retiring": lender.retiring,
-        "closings": sorted(entry.slot for entry in (*lender.closings, *at_closer)),
+        "pending_closes": sorted(entry.slot for entry in (*lender.pending_closes, *at_closer)),
         "deadline": lender.next_deadline(),
         "accounts": {
             uid: (account.sessions, account.loans, account.entries, account.waiting)
-            for uid, account in lender.quotas.accounts.items()
+            for uid, account in lender.accounting.accounts.items()
             if not account.idle
         },
     }
 
 
 def come(lender: Lender, peer: Peer) -> Session:
-    """A session whose connection is on its uid's account, as the door sees to."""
+    """A session whose connection is charged to its uid, as the server does."""
     session = lender.open(peer)
-    lender.quotas.add(session.account, "sessions")
+    session.charge = lender.accounting.charge(session.account, "sessions")
     return session
 
 
 def leave(lender: Lender, session: Session) -> None:
-    """The opposite, once it is cleared."""
-    lender.forget(session)
-    lender.quotas.add(session.account, "sessions", -1)
+    """Free a cleared session, and release the charge of its connection."""
+    lender.free(session)
+    session.charge.release()
 
 
 DOES = {IDLE: "idle", WAITING: "waiting", LENT: "lent", CLOSING: "closing"}
@@ -229,19 +229,19 @@ def view_session(session) -> dict:
 
 
 def view_entry(entry) -> dict:
-    turns = [session.slot for session in entry.line.values() if session.request.exclusive]
-    assert list(entry.turns) == turns
+    turns = [session.slot for session in entry.waiters.values() if session.request.exclusive]
+    assert list(entry.exclusive_waiters) == turns
     live = entry.state == LIVE
     assert not live or entry.ephemeral == (entry.owner is not None)
     return {
         "what": (entry.name, entry.ticket, entry.generation, entry.kind, entry.since),
-        "made": (entry.maker, entry.maker_seq, entry.uid),
+        "made": (entry.creator, entry.creator_seq, entry.uid),
         "live": live,
         "owner": entry.owner.slot if live and entry.ephemeral else None,
         "holders": sorted(entry.holders),
         "exclusive": entry.held_exclusively,
-        "line": list(entry.line),
-        "watchers": sorted(entry.watchers),
+        "waiters": list(entry.waiters),
+        "close_waiters": sorted(entry.close_waiters),
         "refs": entry.fd.refs,
     }
 
@@ -277,8 +277,8 @@ class Rig:
     def borrow(self, who: Session, *names: str | bytes, **how) -> bool:
         return self.lender.borrow(who, who.seq + 1, LoanRequest(names, **how), self.now)
 
-    def give_back(self, who: Session) -> bool:
-        return self.lender.give_back(who, who.seq + 1, self.now)
+    def return_loan(self, who: Session) -> bool:
+        return self.lender.return_loan(who, who.seq + 1, self.now)
 
     def cancel(self, who: Session) -> None:
         self.lender.cancel(who, who.seq + 1, self.now)
@@ -300,8 +300,8 @@ class Rig:
 
     def decided(self) -> list[tuple[Session, object]]:
         """Who was told what since the last time: None is a grant, or the final close."""
-        decided = [(who, told(error)) for who, _, error in self.lender.decisions]
-        self.lender.decisions.clear()
+        decided = [(who, told(error)) for who, _, error in self.lender.notifications]
+        self.lender.notifications.clear()
         return decided
 
     def granted(self) -> list[Session]:
@@ -314,8 +314,8 @@ class Rig:
         """The closer's work: the last reference of each entry that is due; their names."""
         self.descriptors.fails = fails
         names = []
-        while self.lender.closings:
-            entry = self.lender.closings.popleft()
+        while self.lender.pending_closes:
+            entry = self.lender.pending_closes.popleft()
             entry.fd.decref()
             assert entry.fd.closed
             error = None
@@ -335,5 +335,5 @@ class Rig:
     def check(self) -> None:
         """The ledger tells all: what is loaded from it is what there is."""
         loaded = self.reload()
-        assert not loaded.decisions
+        assert not loaded.notifications
         assert view(loaded) == view(self.lender)

@@ -29,8 +29,8 @@ class Entry:
     generation: int
     kind: int
     since: int
-    maker: int
-    maker_seq: int
+    creator: int
+    creator_seq: int
     uid: int
     owner: Session | None
     live: bool = True
@@ -81,7 +81,7 @@ class NaiveLender:
     next_session: int = 1
     next_generation: int = 1
     next_arrival: int = 1
-    decisions: list[tuple[int, int, object]] = field(default_factory=list)  # slot, seq, error
+    notifications: list[tuple[int, int, object]] = field(default_factory=list)  # slot, seq, error
     steps: list[tuple[dict, NaiveLender | None]] = field(default_factory=list)
     keeping: bool = False  # whether `steps` shall hold copies of the model too
 
@@ -107,7 +107,7 @@ class NaiveLender:
             self.end_entry(entry, now)
             self.step()
 
-    def forget(self, session):
+    def free(self, session):
         self.sessions.remove(session)
         self.step()
 
@@ -136,7 +136,7 @@ class NaiveLender:
         self.step()
         return not waits
 
-    def give_back(self, session, seq, now):
+    def return_loan(self, session, seq, now):
         if not any(loan.session is session for loan in self.loans):
             raise Refused("ProtocolError", "client", "a return without a loan")
         session.seq = seq
@@ -146,7 +146,7 @@ class NaiveLender:
 
     def cancel(self, session, seq, now):
         for entry in [entry for entry in self.entries if entry.live]:
-            if (entry.maker, entry.maker_seq) == (session.id, seq - 1):
+            if (entry.creator, entry.creator_seq) == (session.id, seq - 1):
                 self.end_entry(entry, now)
                 self.step()
         session.seq = seq
@@ -163,7 +163,7 @@ class NaiveLender:
         entry = Entry(slot, name, ticket, self.next_generation, kind, now, 0, 0, 0, None)
         self.next_generation += 1
         if session is not None:
-            entry.maker, entry.maker_seq, entry.uid = session.id, seq, session.peer[0]
+            entry.creator, entry.creator_seq, entry.uid = session.id, seq, session.peer[0]
             entry.owner = session if ephemeral else None
             session.seq = seq
         self.entries.append(entry)
@@ -262,7 +262,7 @@ class NaiveLender:
         return "BorrowTimeout", names[0], seconds, sorted(who)
 
     def decide(self, wait, error):
-        self.decisions.append((wait.session.slot, wait.seq, error))
+        self.notifications.append((wait.session.slot, wait.seq, error))
 
     # --- what can be seen from outside ---
 
@@ -275,7 +275,7 @@ class NaiveLender:
         steps.append((self.view(), deepcopy(self) if self.keeping else None))
         self.steps = steps
 
-    def closings(self):
+    def pending_closes(self):
         lent = [entry for loan in self.loans for entry in loan.entries]
         return [entry for entry in self.entries if not entry.live and entry not in lent]
 
@@ -290,7 +290,7 @@ class NaiveLender:
             "loans": len(self.loans),
             "waiting": len(self.waiting),
             "retiring": len(self.entries) - len(live),
-            "closings": sorted(entry.slot for entry in self.closings()),
+            "pending_closes": sorted(entry.slot for entry in self.pending_closes()),
             "deadline": min(deadlines, default=None),
             "accounts": {uid: used for uid in self.uids() if any(used := self.used(uid))},
         }
@@ -306,7 +306,7 @@ class NaiveLender:
                 for loan in self.loans + self.waiting
                 if loan.session.peer[0] == uid
             ),
-            sum(entry.uid == uid and entry.maker != 0 for entry in self.entries),
+            sum(entry.uid == uid and entry.creator != 0 for entry in self.entries),
             sum(wait.session.peer[0] == uid for wait in self.waiting + self.watches),
         )
 
@@ -342,13 +342,13 @@ class NaiveLender:
         line = [request for request in self.waiting if entry in request.entries]
         return {
             "what": (entry.name, entry.ticket, entry.generation, entry.kind, entry.since),
-            "made": (entry.maker, entry.maker_seq, entry.uid),
+            "made": (entry.creator, entry.creator_seq, entry.uid),
             "live": entry.live,
             "owner": entry.owner.slot if entry.live and entry.owner else None,
             "holders": sorted(loan.session.slot for loan in held),
             "exclusive": any(loan.exclusive for loan in held),
-            "line": [request.session.slot for request in line],
-            "watchers": sorted(w.session.slot for w in self.watches if w.entry is entry),
+            "waiters": [request.session.slot for request in line],
+            "close_waiters": sorted(w.session.slot for w in self.watches if w.entry is entry),
             "refs": 1 + sum(loan.entries.count(entry) for loan in held),
         }
 

@@ -32,7 +32,7 @@ from fdbroker.lender.model import (
     LoanRequest,
     Peer,
 )
-from fdbroker.lender.recovery import load
+from fdbroker.lender.recovery import recover
 
 from .kit import CountingFD, CutLedger, Descriptors, Rig, buffer_for, come, reload, view
 
@@ -63,7 +63,7 @@ def test_a_return_is_one_word(rig: Rig):
     rig.put("a")
     rig.borrow(client, "a", purpose="to see")
     before = bytes(rig.ledger.buffer)
-    rig.give_back(client)
+    rig.return_loan(client)
     assert changed(before, rig.ledger.buffer) == {session_at(client.slot)}
 
 
@@ -75,7 +75,7 @@ def test_a_grant_is_one_word_and_the_time_of_it(rig: Rig):
     rig.borrow(waiting, "a")
     rig.time_passes(1)
     before = bytes(rig.ledger.buffer)
-    rig.give_back(holder)
+    rig.return_loan(holder)
     commits = {session_at(holder.slot), session_at(waiting.slot)}
     assert changed(before, rig.ledger.buffer) - commits == {session_at(waiting.slot) + 3}
     assert rig.ledger.read_session(waiting.slot)[3].since == rig.now
@@ -185,7 +185,7 @@ def test_a_shorter_purpose_does_not_show_the_end_of_a_longer_one(rig: Rig):
     for purpose in ("a long story", "short", ""):
         rig.borrow(client, "a", purpose=purpose)
         assert rig.reload().sessions[0].request.purpose == purpose
-        rig.give_back(client)
+        rig.return_loan(client)
 
 
 def test_records_come_back_as_they_were_written():
@@ -362,7 +362,7 @@ def reload_without(rig: Rig, *, sessions: tuple[int, ...] = (), entries: tuple[i
     peers = {slot: one.peer for slot, one in rig.lender.sessions.items() if slot not in sessions}
     copy = Ledger(bytearray(rig.ledger.buffer))
     kept = {slot: CountingFD() for slot in rig.lender.entries if slot not in entries}
-    loaded = load(copy, peers, kept, rig.now)
+    loaded = recover(copy, peers, kept, rig.now)
     assert view(reload(copy, peers, rig.now)) == view(loaded)  # the ledger says so from now on
     return loaded
 
@@ -376,7 +376,7 @@ def test_a_session_without_its_socket_has_ended(rig: Rig):
     loaded = reload_without(rig, sessions=(holder.slot, greeted.slot))
     assert set(loaded.sessions) == {waiting.slot}
     assert loaded.ledger.session_states() == [FREE, LENT, *[FREE] * 4]  # whoever loads it next
-    ((who, seq, error),) = loaded.decisions  # it is its turn now
+    ((who, seq, error),) = loaded.notifications  # it is its turn now
     assert (who.slot, seq, error) == (waiting.slot, waiting.seq, None)
     assert loaded.open(Peer(1, 1, 1)).slot == holder.slot
 
@@ -422,10 +422,10 @@ def test_an_entry_without_its_descriptor_was_closed(rig: Rig):
     rig.put("a")
     rig.retire_and_wait(client, "a")
     loaded = reload_without(rig, entries=(0,))
-    ((who, seq, error),) = loaded.decisions
+    ((who, seq, error),) = loaded.notifications
     assert (who.slot, seq, error) == (client.slot, client.asked_seq, None)
     assert not loaded.entries
-    assert not loaded.closings
+    assert not loaded.pending_closes
 
 
 def test_an_entry_of_the_broker_itself_is_its_uids(rig: Rig):

@@ -14,10 +14,10 @@ from fdbroker.errors import (
     UnknownTicket,
     WouldDeadlock,
 )
+from fdbroker.lender import wait_queue
 from fdbroker.lender.accounting import DEFAULT
-from fdbroker.lender.lender import Lender
 from fdbroker.lender.model import IDLE, LENT, NO_REQUEST, WAITING, LoanRequest
-from fdbroker.lender.state import HOLDERS_NAMED
+from fdbroker.lender.wait_queue import HOLDERS_NAMED
 
 from .kit import SECOND, Rig
 
@@ -64,24 +64,24 @@ def test_an_exclusive_loan_waits_until_the_last_shared_one_is_back(lot: Rig):
     lot.borrow(one, "a")
     lot.borrow(two, "a")
     assert not lot.borrow(exclusive, "a", exclusive=True)
-    lot.give_back(one)
+    lot.return_loan(one)
     assert lot.granted() == []
-    lot.give_back(two)
+    lot.return_loan(two)
     assert lot.granted() == [exclusive]
 
 
 def test_a_return_says_whether_others_are_concerned(lot: Rig):
     one, two, other = lot.clients(3)
     lot.borrow(one, "a")
-    assert not lot.give_back(one)
+    assert not lot.return_loan(one)
     lot.borrow(one, "a")
     lot.borrow(two, "a")
     lot.borrow(other, "a", exclusive=True)
-    assert lot.give_back(one)
-    assert lot.give_back(two)
+    assert lot.return_loan(one)
+    assert lot.return_loan(two)
     lot.granted()
     lot.retire("a")
-    assert lot.give_back(other)
+    assert lot.return_loan(other)
 
 
 def test_a_waiting_exclusive_loan_holds_back_later_shared_ones(lot: Rig):
@@ -90,9 +90,9 @@ def test_a_waiting_exclusive_loan_holds_back_later_shared_ones(lot: Rig):
     assert not lot.borrow(exclusive, "a", exclusive=True)
     assert not lot.borrow(later, "a")
     assert not lot.borrow(latest, "a")
-    lot.give_back(holder)
+    lot.return_loan(holder)
     assert lot.granted() == [exclusive]
-    lot.give_back(exclusive)
+    lot.return_loan(exclusive)
     assert lot.granted() == [later, latest]
 
 
@@ -102,16 +102,16 @@ def test_the_line_is_served_in_the_order_of_arrival(lot: Rig):
     lot.borrow(holder, "a", exclusive=True)
     for client, exclusive in zip(others, turns, strict=True):
         assert not lot.borrow(client, "a", exclusive=exclusive)
-    lot.give_back(holder)
+    lot.return_loan(holder)
     first, second, third, fourth, fifth = others
     assert lot.granted() == [first]
-    lot.give_back(first)
+    lot.return_loan(first)
     assert lot.granted() == [second, third]
-    lot.give_back(third)
+    lot.return_loan(third)
     assert lot.granted() == []
-    lot.give_back(second)
+    lot.return_loan(second)
     assert lot.granted() == [fourth]
-    lot.give_back(fourth)
+    lot.return_loan(fourth)
     assert lot.granted() == [fifth]
 
 
@@ -147,7 +147,7 @@ def test_several_entries_come_all_or_none(lot: Rig):
     assert not lot.borrow(both, "a", "b")
     assert not lot.lender.names["a"].holders
     assert lot.lender.names["a"].fd.refs == 1
-    lot.give_back(holder)
+    lot.return_loan(holder)
     assert lot.granted() == [both]
     assert list(lot.lender.names["a"].holders) == list(lot.lender.names["b"].holders)
     assert lot.lender.loans == 1
@@ -159,12 +159,12 @@ def test_a_loan_of_several_is_not_starved(lot: Rig):
     lot.borrow(on_a, "a")
     lot.borrow(on_b, "b")
     assert not lot.borrow(both, "a", "b", exclusive=True)
-    lot.give_back(on_a)
+    lot.return_loan(on_a)
     assert not lot.borrow(later, "a")  # a is free, but promised
     assert lot.granted() == []
-    lot.give_back(on_b)
+    lot.return_loan(on_b)
     assert lot.granted() == [both]
-    lot.give_back(both)
+    lot.return_loan(both)
     assert lot.granted() == [later]
 
 
@@ -173,9 +173,9 @@ def test_an_exclusive_one_stands_behind_a_shared_loan_of_several(lot: Rig):
     lot.borrow(on_b, "b", exclusive=True)
     assert not lot.borrow(both, "a", "b")
     assert not lot.borrow(on_a, "a", exclusive=True)
-    lot.give_back(on_b)
+    lot.return_loan(on_b)
     assert lot.granted() == [both]
-    lot.give_back(both)
+    lot.return_loan(both)
     assert lot.granted() == [on_a]
 
 
@@ -201,7 +201,7 @@ def test_one_entry_named_twice_is_one_holder_with_two_references(lot: Rig):
     assert list(entry.holders) == [twice.slot]
     assert entry.fd.refs == 3
     assert not lot.borrow(other, "a", "a")
-    lot.give_back(twice)
+    lot.return_loan(twice)
     assert lot.granted() == [other]
     assert entry.fd.refs == 3
 
@@ -229,7 +229,7 @@ def test_a_loan_that_could_not_be_sent_is_taken_back(lot: Rig):
     holder, waiting = lot.clients(2)
     lot.borrow(holder, "a", "b", exclusive=True)
     lot.borrow(waiting, "a")
-    lot.lender.take_back(holder, lot.now)
+    lot.lender.roll_back_grant(holder, lot.now)
     assert lot.granted() == [waiting]
     assert (holder.state, holder.seq, holder.request) == (IDLE, 1, NO_REQUEST)
 
@@ -266,7 +266,7 @@ def test_a_process_may_wait_for_what_it_shares(lot: Rig):
     holder, same = lot.client(7), lot.client(7)
     lot.borrow(holder, "a")
     assert not lot.borrow(same, "a", exclusive=True)
-    lot.give_back(holder)
+    lot.return_loan(holder)
     assert lot.granted() == [same]
 
 
@@ -335,14 +335,14 @@ def test_a_timeout_of_zero_takes_or_leaves(lot: Rig):
     with pytest.raises(BorrowTimeout):
         lot.borrow(other, "a", timeout=0)
     assert lot.ledger.buffer == before
-    assert not lot.lender.names["a"].line
+    assert not lot.lender.names["a"].waiters
 
 
 def test_who_was_granted_in_time_is_not_timed_out(lot: Rig):
     holder, waiting = lot.clients(2)
     lot.borrow(holder, "a", exclusive=True)
     lot.borrow(waiting, "a", timeout=SECOND)
-    lot.give_back(holder)
+    lot.return_loan(holder)
     assert lot.granted() == [waiting]
     lot.time_passes(10)
     assert lot.decided() == []
@@ -367,7 +367,7 @@ def test_waits_that_are_over_do_not_pile_up(lot: Rig):
     for _ in range(1000):
         assert not lot.borrow(waiting, "a", timeout=3600 * SECOND)
         lot.cancel(waiting)
-        lot.lender.decisions.clear()
+        lot.lender.notifications.clear()
     assert len(lot.lender.deadlines) < 10
 
 
@@ -415,20 +415,31 @@ def test_deadlines_stay_in_order_when_those_of_waits_that_are_over_go():
     rig.descriptors.abandon(rig.lender)
 
 
-class CountingLender(Lender):
-    """Counts how often it asks whether a request can be granted."""
+class Looks:
+    """Counts how often it is asked whether a waiter can be granted.
 
-    asked = 0
+    `first` counts only the looks at waiters that were not refused before in the same event.
+    """
 
-    def _grantable(self, session, refused):
-        self.asked += session.slot not in refused
-        return super()._grantable(session, refused)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all = self.first = 0
+        self._is_grantable = wait_queue.is_grantable
+        monkeypatch.setattr(wait_queue, "is_grantable", self)
+
+    def __call__(self, session, refused):
+        self.all += 1
+        self.first += session.slot not in refused
+        return self._is_grantable(session, refused)
 
 
-def test_a_return_asks_each_who_waits_once():
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    return Looks(monkeypatch)
+
+
+def test_a_return_asks_each_who_waits_once(looks: Looks):
     """However many entries it was of, and they wait for: else one return could take seconds."""
     rig = Rig((16, 41, 1024))
-    rig.lender.__class__ = CountingLender
     names = [f"n{number}" for number in range(40)]
     for name in (*names, "b"):
         rig.put(name)
@@ -437,11 +448,11 @@ def test_a_return_asks_each_who_waits_once():
     rig.borrow(other, "b", exclusive=True)
     for client in waiting:
         assert not rig.borrow(client, *names, "b")
-    rig.lender.asked = 0
-    rig.give_back(holder)
+    looks.first = 0
+    rig.return_loan(holder)
     assert not rig.decided()
-    assert rig.lender.asked == len(waiting)
-    rig.give_back(other)
+    assert looks.first == len(waiting)
+    rig.return_loan(other)
     assert rig.granted() == waiting
     rig.check()
     rig.descriptors.abandon(rig.lender)
@@ -457,7 +468,7 @@ def test_a_cancel_ends_the_wait_as_its_deadline_would(lot: Rig):
     lot.time_passes(1)
     lot.cancel(waiting)
     told = ("BorrowTimeout", "a", 1.0, [(7, 1000, 1.0, True)])
-    assert lot.lender.decisions[0][1] == 1  # the answer is to the borrow, not to the cancel
+    assert lot.lender.notifications[0][1] == 1  # the answer is to the borrow, not to the cancel
     assert lot.decided() == [(waiting, told)]
     assert (waiting.state, waiting.seq) == (IDLE, 2)
 
@@ -466,11 +477,11 @@ def test_a_cancel_that_crosses_its_grant_changes_nothing(lot: Rig):
     holder, waiting = lot.clients(2)
     lot.borrow(holder, "a", exclusive=True)
     lot.borrow(waiting, "a")
-    lot.give_back(holder)
+    lot.return_loan(holder)
     lot.cancel(waiting)
     assert lot.granted() == [waiting]
     assert (waiting.state, waiting.seq) == (LENT, 2)
-    lot.give_back(waiting)
+    lot.return_loan(waiting)
     assert waiting.state == IDLE
 
 
@@ -479,7 +490,7 @@ def test_a_cancel_undoes_the_put_before_it(rig: Rig):
     kept, undone = rig.put("kept", by=client), rig.put("undone", by=client)
     rig.cancel(client)
     assert rig.lender.names == {"kept": kept}
-    assert list(rig.lender.closings) == [undone]
+    assert list(rig.lender.pending_closes) == [undone]
     assert (client.state, client.seq) == (IDLE, 3)
     rig.cancel(client)  # the put is no longer the one before
     assert rig.lender.names == {"kept": kept}
@@ -492,12 +503,12 @@ def test_a_return_without_a_loan_is_the_clients_fault(lot: Rig):
     lot.borrow(holder, "a", exclusive=True)
     lot.borrow(waiting, "a")
     with pytest.raises(ProtocolError) as caught:
-        lot.give_back(waiting)
+        lot.return_loan(waiting)
     assert caught.value.side == "client"
     assert waiting.state == WAITING
-    lot.give_back(holder)
+    lot.return_loan(holder)
     with pytest.raises(ProtocolError):
-        lot.give_back(holder)
+        lot.return_loan(holder)
     assert lot.granted() == [waiting]
 
 
@@ -519,8 +530,8 @@ def test_no_room_for_a_loan_of_several_leaves_nothing_behind():
     assert (second.state, second.request, rig.lender.waiting) == (IDLE, NO_REQUEST, 0)
     assert rig.lender.names["a"].fd.refs == 2
     assert rig.borrow(second, "a", "b")  # one cell is left, and it is enough
-    rig.give_back(second)
-    rig.give_back(first)
+    rig.return_loan(second)
+    rig.return_loan(first)
     assert rig.borrow(second, "a", "b", "c", exclusive=True)
     rig.check()
     rig.descriptors.abandon(rig.lender)
@@ -550,22 +561,10 @@ def test_no_room_for_a_session_leaves_nothing_behind():
 # --- a long line costs little
 
 
-class Counting(Lender):
-    """Counts how often somebody who waits is looked at."""
-
-    looks = 0
-
-    def _grantable(self, session, refused):
-        type(self).looks += 1
-        return super()._grantable(session, refused)
-
-
 @pytest.fixture
-def crowd(monkeypatch: pytest.MonkeyPatch):
+def crowd(looks: Looks):
     """50 shared waits for `a` and `c`, which is taken, with one end; an exclusive one behind."""
     rig = Rig((60, 6, 200))
-    monkeypatch.setattr(rig.lender, "__class__", Counting)
-    monkeypatch.setattr(Counting, "looks", 0)
     for name in "abc":
         rig.put(name)
     holder, *waiting = rig.clients(51)
@@ -573,7 +572,7 @@ def crowd(monkeypatch: pytest.MonkeyPatch):
     for client in waiting:
         assert not rig.borrow(client, "a", "b", "c", timeout=5 * SECOND)
     assert not rig.borrow(rig.client(), "a", exclusive=True)
-    Counting.looks = 0
+    looks.all = 0
     yield rig
     rig.check()
     rig.descriptors.abandon(rig.lender)
@@ -586,28 +585,30 @@ def test_one_wait_ends_at_a_time(crowd: Rig):
     assert crowd.lender.next_deadline() == crowd.now
 
 
-def test_shared_waits_that_end_have_nobody_looked_at_but_who_is_the_first_then(crowd: Rig):
+def test_shared_waits_that_end_have_nobody_looked_at_but_who_is_the_first_then(
+    crowd: Rig, looks: Looks
+):
     crowd.time_passes(5)
     assert len(crowd.decided()) == 51, "the exclusive one has its turn"
-    assert Counting.looks <= 2
+    assert looks.all <= 2
 
 
-def test_an_entry_that_retires_has_each_who_waits_looked_at_once(crowd: Rig):
+def test_an_entry_that_retires_has_each_who_waits_looked_at_once(crowd: Rig, looks: Looks):
     last = crowd.client()
     crowd.borrow(last, "b")
     behind = crowd.clients(5)
     for client in behind:
         assert not crowd.borrow(client, "b", exclusive=True)
-    Counting.looks = 0
+    looks.all = 0
     crowd.retire("a")
     assert len(crowd.decided()) == 51
-    assert Counting.looks <= len(behind) + 1
+    assert looks.all <= len(behind) + 1
 
 
-def test_an_exclusive_one_that_leaves_has_each_behind_it_looked_at_once(crowd: Rig):
+def test_an_exclusive_one_that_leaves_has_each_behind_it_looked_at_once(crowd: Rig, looks: Looks):
     first = crowd.lender.names["a"]
-    crowd.cancel(list(first.line.values())[-1])
-    assert Counting.looks <= 2 * 50
+    crowd.cancel(list(first.waiters.values())[-1])
+    assert looks.all <= 2 * 50
 
 
 def test_a_shared_one_that_leaves_with_an_exclusive_one_hides_it_not(lot: Rig):
@@ -622,7 +623,7 @@ def test_a_shared_one_that_leaves_with_an_exclusive_one_hides_it_not(lot: Rig):
 
 def test_what_is_over_the_quota_has_no_name_looked_up(lot: Rig):
     (client,) = lot.clients(1)
-    client.account.hold_to(DEFAULT._replace(loans=3))
+    client.account.set_limit(DEFAULT._replace(loans=3))
     with pytest.raises(QuotaExceeded) as caught:
         lot.borrow(client, "none", "such", "names", "here")
     assert caught.value.data == ("loans", 0, 3)
@@ -633,32 +634,3 @@ def test_the_pid_of_another_uid_is_another_process(lot: Rig):
     lot.borrow(one, "a", exclusive=True)
     assert not lot.borrow(other, "a")
     lot.retire_and_wait(lot.client(pid=7, uid=2000), "a")
-
-
-# --- whose work it is
-
-
-def test_who_waits_is_looked_at_on_its_own_account(lot: Rig):
-    """Whoever it is that returns what it waits for."""
-    one, two = lot.clients(2)
-    three, four = lot.client(uid=3), lot.client(uid=4)
-    lot.borrow(one, "a", exclusive=True)
-    lot.borrow(two, "b", exclusive=True)
-    lot.borrow(three, "b", "a")
-    lot.borrow(four, "c", "a", "a")
-    assert lot.lender.looks == {}
-    lot.give_back(one)
-    # one look at the first entry of the first request; the second is granted: three entries, twice
-    assert lot.lender.looks == {three.account: 1 + 1, four.account: 2 * 3}
-    lot.give_back(two)
-    assert lot.lender.looks == {three.account: 2 + 2 * 2, four.account: 6}
-
-
-def test_a_wish_is_looked_at_as_far_as_it_can_be_granted(lot: Rig):
-    one, two = lot.clients(2)
-    waiter = lot.client(uid=3)
-    lot.borrow(one, "a", exclusive=True)
-    lot.borrow(two, "b", exclusive=True)
-    lot.borrow(waiter, "c", "a", "b")
-    lot.give_back(one)
-    assert lot.lender.looks == {waiter.account: 1 + 3}

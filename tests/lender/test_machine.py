@@ -69,7 +69,7 @@ class Machine(RuleBasedStateMachine):
         """Let it happen; the result, or the refusal, of both.  None if the event was cut."""
         before = self.naive.view(), deepcopy(self.naive) if self.cut is not None else None
         counted = counters(self.ledger)
-        self.naive.steps, self.naive.decisions = [], []
+        self.naive.steps, self.naive.notifications = [], []
         self.naive.keeping = self.cut is not None
         self.ledger.copies = []
         try:
@@ -83,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         if name == "borrow" or isinstance(happened, tuple) or isinstance(expected, tuple):
             assert happened == expected, name
         decided = [(session.slot, seq, told(error)) for session, seq, error in self.drain()]
-        assert sorted(decided, key=repr) == sorted(self.naive.decisions, key=repr), name
+        assert sorted(decided, key=repr) == sorted(self.naive.notifications, key=repr), name
         assert view(self.lender, self.at_closer) == self.naive.view(), name
         assert counters(self.ledger) == self.next_numbers(), name
         copies = self.ledger.copies
@@ -96,12 +96,12 @@ class Machine(RuleBasedStateMachine):
         return None
 
     def drain(self) -> list:
-        decided = list(self.lender.decisions)
+        decided = list(self.lender.notifications)
         for session, _, error in decided:
             assert error is None or session.request is NO_REQUEST
-        self.lender.decisions.clear()
-        self.at_closer += self.lender.closings
-        self.lender.closings.clear()
+        self.lender.notifications.clear()
+        self.at_closer += self.lender.pending_closes
+        self.lender.pending_closes.clear()
         return decided
 
     def next_numbers(self) -> tuple[int, int, int]:
@@ -223,9 +223,9 @@ class Machine(RuleBasedStateMachine):
         if self.event("clear", real, lambda model: model.clear(session, now)) is None:
             return  # killed in between: the session is still in the books
         self.event(
-            "forget",
+            "free",
             lambda lender: leave(lender, lender.sessions[slot]),
-            lambda model: model.forget(session),
+            lambda model: model.free(session),
         )
 
     # --- loans ---
@@ -273,25 +273,25 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.naive.loans)
     @rule(pick=PICK)
-    def give_back(self, pick) -> None:
+    def return_loan(self, pick) -> None:
         loan = self.naive.loans[pick % len(self.naive.loans)]
         now = self.now
         self.request(
-            "give_back",
+            "return_loan",
             loan.session,
-            lambda lender, whose, seq: lender.give_back(whose, seq, now),
-            lambda model, whose, seq: model.give_back(whose, seq, now),
+            lambda lender, whose, seq: lender.return_loan(whose, seq, now),
+            lambda model, whose, seq: model.return_loan(whose, seq, now),
         )
 
     @precondition(lambda self: self.naive.loans)
     @rule(pick=PICK)
-    def take_back(self, pick) -> None:
+    def roll_back_grant(self, pick) -> None:
         session = self.naive.loans[pick % len(self.naive.loans)].session
         slot, now = session.slot, self.now
         self.event(
-            "take_back",
-            lambda lender: lender.take_back(lender.sessions[slot], now),
-            lambda model: model.give_back(session, session.seq, now),
+            "roll_back_grant",
+            lambda lender: lender.roll_back_grant(lender.sessions[slot], now),
+            lambda model: model.return_loan(session, session.seq, now),
         )
 
     @precondition(lambda self: len(self.naive.loans) < 2)
@@ -300,7 +300,7 @@ class Machine(RuleBasedStateMachine):
         session = self.pick_session(pick)
         if session is None:
             return
-        now, verb = self.now, "give_back" if pick % 2 else "cancel"
+        now, verb = self.now, "return_loan" if pick % 2 else "cancel"
         self.request(
             verb,
             session,

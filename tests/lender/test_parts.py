@@ -31,6 +31,7 @@ def test_a_new_session_does_nothing_and_has_nothing() -> None:
         peer=peer,
         record=record,
         account=account,
+        charge=None,
         seq=0,
         state=model.IDLE,
         request=model.NO_REQUEST,
@@ -43,7 +44,8 @@ def test_a_new_session_does_nothing_and_has_nothing() -> None:
         asked=0,
         asked_seq=0,
         deadline=model.FOREVER,
-        made=None,
+        wait_charges=(),
+        last_put=None,
         owned={},
     )
     assert repr(session) == "<Session 7 of Peer(uid=1000, gid=100, pid=12)>"
@@ -61,21 +63,23 @@ def test_a_new_entry_lives_and_nobody_has_it() -> None:
         fd=fd,
         sysfd=0,
         ancillary=None,
-        where="",
+        target="",
         state=model.LIVE,
         kind=0,
-        maker=0,
-        maker_seq=0,
+        creator=0,
+        creator_seq=0,
         ephemeral=False,
         owner=None,
         since=0,
         uid=0,
         account=None,
+        charge=None,
         holders={},
         held_exclusively=False,
-        line={},
-        turns={},
-        watchers={},
+        pins=0,
+        waiters={},
+        exclusive_waiters={},
+        close_waiters={},
     )
     assert fd.refs == 1  # the closer's
     assert repr(entry) == "<Entry 'web' generation 5>"
@@ -102,10 +106,10 @@ def test_who_wants_a_name_checked_loads_no_lender() -> None:
     assert not loaded & {"fdbroker.lender.lender", "fdbroker.lender.ledger", "fdbroker.rc"}
 
 
-def test_a_plain_wish_takes_one_message_and_what_is_there() -> None:
-    assert model.LoanRequest(("web",)).plain
-    assert model.LoanRequest(("web",), exclusive=True, timeout=5, purpose="for a test").plain
-    assert not model.LoanRequest(("web",), readonly=True).plain
-    assert not model.LoanRequest(("web", "db")).plain
-    assert not model.LoanRequest(("web", "db"), readonly=True).plain
-    assert not model.NO_REQUEST.plain
+def test_a_single_request_takes_one_message_and_what_is_there() -> None:
+    assert model.LoanRequest(("web",)).single
+    assert model.LoanRequest(("web",), exclusive=True, timeout=5, purpose="for a test").single
+    assert not model.LoanRequest(("web",), readonly=True).single
+    assert not model.LoanRequest(("web", "db")).single
+    assert not model.LoanRequest(("web", "db"), readonly=True).single
+    assert not model.NO_REQUEST.single

@@ -44,7 +44,7 @@ def test_the_close_is_deferred_until_the_last_loan_is_back(rig: Rig):
     rig.borrow(one, "web")
     rig.borrow(two, "web")
     rig.retire("web")
-    rig.give_back(one)
+    rig.return_loan(one)
     assert rig.close_all() == []
     assert not entry.fd.closed
     rig.end(two)
@@ -59,14 +59,14 @@ def test_the_close_is_deferred_until_the_broker_itself_has_let_go(rig: Rig):
     (one,) = rig.clients(1)
     entry = rig.put("web")
     rig.borrow(one, "web")
-    rig.lender.keep_open([entry, entry])
-    rig.lender.keep_open([entry])
+    rig.lender.pin([entry, entry])
+    rig.lender.pin([entry])
     rig.retire("web")
-    rig.lender.let_go([entry])
+    rig.lender.unpin([entry])
     rig.end(one)
     assert rig.close_all() == []
     assert not entry.fd.closed
-    rig.lender.let_go([entry, entry])
+    rig.lender.unpin([entry, entry])
     assert rig.close_all() == ["web"]
     assert rig.descriptors.closed == [1001]
 
@@ -75,9 +75,9 @@ def test_the_close_is_deferred_until_the_loan_is_back_that_the_broker_let_go_of(
     (one,) = rig.clients(1)
     entry = rig.put("web")
     rig.borrow(one, "web")
-    rig.lender.keep_open([entry])
+    rig.lender.pin([entry])
     rig.retire("web")
-    rig.lender.let_go([entry])
+    rig.lender.unpin([entry])
     assert rig.close_all() == []
     rig.end(one)
     assert rig.close_all() == ["web"]
@@ -86,7 +86,7 @@ def test_the_close_is_deferred_until_the_loan_is_back_that_the_broker_let_go_of(
 def test_an_entry_without_loans_is_to_be_closed_at_once(rig: Rig):
     entry = rig.put("web")
     rig.retire("web")
-    assert list(rig.lender.closings) == [entry]
+    assert list(rig.lender.pending_closes) == [entry]
     assert rig.close_all() == ["web"]
 
 
@@ -145,7 +145,7 @@ def test_what_is_not_there_cannot_be_retired(rig: Rig):
     rig.retire("web")
     with pytest.raises(UnknownEntry):
         rig.retire("web")
-    assert len(rig.lender.closings) == 1
+    assert len(rig.lender.pending_closes) == 1
 
 
 # --- retire, and wait for the close
@@ -156,7 +156,7 @@ def test_waiting_for_the_close_ends_with_the_close(rig: Rig):
     rig.put("web")
     rig.borrow(holder, "web")
     rig.retire_and_wait(watcher, "web")
-    rig.give_back(holder)
+    rig.return_loan(holder)
     assert rig.decided() == []
     assert rig.close_all() == ["web"]
     assert rig.decided() == [(watcher, None)]
@@ -178,7 +178,7 @@ def test_of_the_reason_why_a_close_failed_as_much_is_told_as_fits(rig: Rig):
     (watcher,) = rig.clients(1)
     entry = rig.put("web")
     rig.retire_and_wait(watcher, "web")
-    rig.lender.closings.clear()
+    rig.lender.pending_closes.clear()
     entry.fd.decref()
     rig.lender.closed(entry, OSError("x" * 10_000))
     assert rig.decided() == [(watcher, ("CloseFailed", "web", "x" * 100))]
@@ -191,11 +191,11 @@ def test_waiting_for_the_close_has_its_deadline_and_stays_retired(rig: Rig):
     rig.borrow(one, "web")
     rig.borrow(two, "web")
     rig.retire_and_wait(watcher, "web", timeout=5 * SECOND)
-    rig.give_back(one)
+    rig.return_loan(one)
     rig.time_passes(5)
     assert rig.decided() == [(watcher, ("RetireTimeout", "web", 5.0, 1))]
     assert "web" not in rig.lender.names
-    rig.give_back(two)
+    rig.return_loan(two)
     assert rig.close_all() == ["web"]
     assert rig.decided() == []
 
@@ -252,7 +252,7 @@ def test_a_retire_that_was_cut_short_is_finished_by_the_load(
             rig.retire_and_wait(watcher, "web")
     loaded = rig.reload()
     assert loaded.names == {}
-    assert [type(error).__name__ for _, _, error in loaded.decisions] == ["EntryRetired"]
+    assert [type(error).__name__ for _, _, error in loaded.notifications] == ["EntryRetired"]
     rig.lender.start_retiring(rig.lender.names["web"], rig.now)
 
 
@@ -284,7 +284,7 @@ def test_replace_leaves_no_instant_without_an_entry(rig: Rig):
     assert rig.decided() == [(waiting, ("EntryRetired", "web"))]
     assert rig.borrow(late, "web", exclusive=True)
     assert rig.close_all() == []
-    rig.give_back(holder)
+    rig.return_loan(holder)
     assert rig.close_all() == ["web"]
     assert old.fd.closed
     assert not new.fd.closed
@@ -318,7 +318,7 @@ def test_no_room_for_an_entry_leaves_nothing_behind():
 def test_an_entry_knows_who_put_it(rig: Rig):
     client = rig.client(uid=1234)
     entry = rig.put("web", by=client)
-    assert (entry.maker, entry.maker_seq, entry.uid) == (client.id, 1, 1234)
+    assert (entry.creator, entry.creator_seq, entry.uid) == (client.id, 1, 1234)
     assert client.seq == 1
     assert entry.since == rig.now
 
@@ -327,34 +327,34 @@ def test_an_entry_knows_who_put_it(rig: Rig):
 
 
 def test_an_ephemeral_entry_ends_with_the_session_that_put_it(rig: Rig):
-    maker, borrower = rig.clients(2)
-    rig.put("mine", by=maker, ephemeral=True)
-    rig.put("", by=maker, ticket=TICKET, ephemeral=True)
-    rig.put("ours", by=maker)
+    creator, borrower = rig.clients(2)
+    rig.put("mine", by=creator, ephemeral=True)
+    rig.put("", by=creator, ticket=TICKET, ephemeral=True)
+    rig.put("ours", by=creator)
     rig.borrow(borrower, "mine")
-    rig.end(maker)
+    rig.end(creator)
     assert set(rig.lender.names) == {"ours"}
     assert rig.lender.tickets == {}
     assert rig.close_all() == [""]
-    rig.give_back(borrower)
+    rig.return_loan(borrower)
     assert rig.close_all() == ["mine"]
 
 
 def test_an_ephemeral_entry_retires_once_only(rig: Rig):
-    maker, borrower = rig.clients(2)
-    rig.put("mine", by=maker, ephemeral=True)
+    creator, borrower = rig.clients(2)
+    rig.put("mine", by=creator, ephemeral=True)
     rig.borrow(borrower, "mine")
     rig.retire("mine")
-    rig.end(maker)
+    rig.end(creator)
     rig.end(borrower)
     assert rig.close_all() == ["mine"]
 
 
 def test_the_maker_of_an_ephemeral_entry_may_have_it_on_loan(rig: Rig):
-    (maker,) = rig.clients(1)
-    rig.put("mine", by=maker, ephemeral=True)
-    rig.borrow(maker, "mine", exclusive=True)
-    rig.end(maker)
+    (creator,) = rig.clients(1)
+    rig.put("mine", by=creator, ephemeral=True)
+    rig.borrow(creator, "mine", exclusive=True)
+    rig.end(creator)
     assert rig.close_all() == ["mine"]
 
 
@@ -364,20 +364,20 @@ def test_the_brokers_own_entries_are_never_ephemeral(rig: Rig):
 
 
 def test_an_ephemeral_entry_is_its_makers_after_a_load(rig: Rig):
-    maker, other = rig.clients(2)
-    rig.put("mine", by=maker, ephemeral=True)
+    creator, other = rig.clients(2)
+    rig.put("mine", by=creator, ephemeral=True)
     loaded = rig.reload()
     loaded.clear(loaded.sessions[other.slot], rig.now)
     assert set(loaded.names) == {"mine"}
-    loaded.clear(loaded.sessions[maker.slot], rig.now)
+    loaded.clear(loaded.sessions[creator.slot], rig.now)
     assert loaded.names == {}
 
 
 def test_an_ephemeral_entry_without_its_session_retires_at_the_load(rig: Rig):
-    (maker,) = rig.clients(1)
-    rig.put("mine", by=maker, ephemeral=True)
-    rig.ledger.record(maker.slot)[COMMIT] = 0  # as if it had been forgotten without a clear
+    (creator,) = rig.clients(1)
+    rig.put("mine", by=creator, ephemeral=True)
+    rig.ledger.record(creator.slot)[COMMIT] = 0  # as if it had been forgotten without a clear
     loaded = rig.reload()
     assert loaded.names == {}
-    assert [entry.name for entry in loaded.closings] == ["mine"]
-    rig.end(maker)
+    assert [entry.name for entry in loaded.pending_closes] == ["mine"]
+    rig.end(creator)

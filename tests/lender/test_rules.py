@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker.lender.accounting import DEFAULT, WHAT
+from fdbroker.lender.accounting import DEFAULT, RESOURCES
 from fdbroker.lender.names import check_name
 from fdbroker.lender.rules import ALL_RIGHTS, LISTEN, NO_RIGHTS, READ, VERBS, Rule, Rules
 
@@ -192,7 +192,7 @@ some_rules = st.lists(
         st.booleans(),
         st.sampled_from(["", "r"]),
         st.booleans(),
-        quota=st.lists(st.tuples(st.sampled_from(WHAT), st.integers(0, 3))).map(tuple),
+        quota=st.lists(st.tuples(st.sampled_from(RESOURCES), st.integers(0, 3))).map(tuple),
     ),
     max_size=4,
 )
@@ -217,7 +217,7 @@ def test_against_the_plain_reading(rules, name, uid, groups) -> None:
     assert found.may(READ, name) == bool(lend)
     assert found.may("borrow", name) == any(not rule.mode for rule in lend)
     assert found.may(LISTEN, name) == any(rule.listeners and not rule.mode for rule in lend)
-    for what, most in zip(WHAT, found.quota, strict=True):
+    for what, most in zip(RESOURCES, found.quota, strict=True):
         said = [most for rule in speak for named, most in rule.quota if named == what]
         assert most == max(said, default=getattr(DEFAULT, what))
 

@@ -298,14 +298,14 @@ class Client:
 
         Who uses nothing is not in it.  It takes the right to admin: `NotPermitted`.
         """
-        from fdbroker.lender.accounting import WHAT
+        from fdbroker.lender.accounting import RESOURCES
 
         found: list[Usage] = []
         cursor = 0
         while True:
             cursor, rows = self._request(USAGE, cursor, pages=True)
             for uid, *lists in rows:
-                found.append(Usage(uid, *(dict(zip(WHAT, one, strict=True)) for one in lists)))
+                found.append(Usage(uid, *(dict(zip(RESOURCES, one, strict=True)) for one in lists)))
             if not cursor:
                 return found
 

@@ -189,7 +189,7 @@ class LoanRow(NamedTuple):
 
 
 class UsageRow(NamedTuple):
-    """What a uid uses as USAGE lists it; both lists in the order of `quotas.WHAT`."""
+    """What a uid uses as USAGE lists it; both lists in the order of `accounting.RESOURCES`."""
 
     uid: int
     used: list[int]

@@ -25,9 +25,8 @@ from fdbroker.ipc.server.jobs import HangUp
 from fdbroker.ipc.server.policy import log_refusal
 from fdbroker.ipc.transport import unix
 from fdbroker.ipc.transport.rlimit import descriptors_in_use, limit
-from fdbroker.lender.accounting import FEW
-from fdbroker.lender.model import Peer
-from fdbroker.lender.state import SECOND
+from fdbroker.lender.accounting import GRACE
+from fdbroker.lender.model import SECOND, Peer
 
 if TYPE_CHECKING:
     from fdbroker.ipc.transport.listener import Listener
@@ -81,7 +80,7 @@ class Door(Loop):
 
     def run(self) -> None:
         """As `Loop.run`.  What is left of the limit of descriptors, clients may use from now on."""
-        quotas = self.lender.quotas
+        quotas = self.lender.accounting
         quotas.own = descriptors_in_use() - quotas.total.descriptors + RESERVE
         quotas.descriptors = max(0, limit() - quotas.own)
         quotas.capacity["inflight"] = limit()  # as the kernel has it for the broker's uid
@@ -95,7 +94,7 @@ class Door(Loop):
         super().drain(seconds)
 
     def _accept(self, about: None, events: int) -> None:
-        if self.lender.quotas.free_descriptors <= 0:
+        if self.lender.accounting.free_descriptors <= 0:
             self._cannot_accept("every descriptor is in use")
             return
         try:
@@ -106,7 +105,7 @@ class Door(Loop):
             return
         if sock is None:
             return
-        connection = Connection(sock, Peer(*unix.credentials(sock)), self.lender.quotas)
+        connection = Connection(sock, Peer(*unix.credentials(sock)), self.lender.accounting)
         try:
             self.begin(connection)
         except FDBrokerError as refusal:
@@ -114,7 +113,7 @@ class Door(Loop):
             return
         except OSError as error:  # max_user_watches (epoll(7)), which others can use up
             sock.close()
-            self.lender.quotas.drop_idle(connection.account)
+            self.lender.accounting.drop_idle(connection.account)
             self._cannot_accept(error.strerror)
             self._resume_after(PAUSE)
             return
@@ -142,7 +141,7 @@ class Door(Loop):
         self.rest(connection)
         with contextlib.suppress(OSError):
             connection.sock.send(encode_error(0, refusal), unix.SEND_NOW)
-        self.lender.quotas.add(connection.account, "sessions")
+        self.lender.accounting.add(connection.account, "sessions", 1)
         self._hang_up(connection)
 
     def _hang_up(self, connection: Connection) -> None:
@@ -157,12 +156,12 @@ class Door(Loop):
             unix.drain(connection.sock)
             self.part(connection)
             return
-        most = FEW if connection.rights.admitted else 0
+        most = GRACE if connection.rights.admitted else 0
         try:
-            self.lender.quotas.check(connection.account, "closes", 2 * most)
+            self.lender.accounting.check(connection.account, "closes", 2 * most)
         except FDBrokerError:
             most = 0
-        self.lender.quotas.add(connection.account, "closes", most)
+        self.lender.accounting.add(connection.account, "closes", most)
         self.workers.submit(HangUp(connection, most))
 
     def part(self, connection: Connection) -> None:
@@ -181,7 +180,7 @@ class Door(Loop):
             return
         self._hung_up.remove(connection)
         connection.sock.close()
-        self.lender.quotas.add(connection.account, "inflight", -connection.inflight)
+        self.lender.accounting.add(connection.account, "inflight", -connection.inflight)
         self.release(connection.account, "sessions", 1)
 
     def rest(self, connection: Connection) -> None:
@@ -218,14 +217,14 @@ class Door(Loop):
 
     def release(self, account: Account | None, what: str, count: int) -> None:
         """It has so many less of the broker's descriptors, which may be what somebody waits for."""
-        self.lender.quotas.add(account, what, -count)
+        self.lender.accounting.add(account, what, -count)
         self.resume_accepting()
 
     def resume_accepting(self) -> None:
         """A descriptor has become free, or the pause is over."""
         if self._shut or self._number in self._watched or self.now < self._rest_until:
             return
-        if self.lender.quotas.free_descriptors > 0:
+        if self.lender.accounting.free_descriptors > 0:
             self._resume_at = 0
             try:
                 self.watch(self._number, self._accept)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.protocol.messages import Known
     from fdbroker.ipc.server.jobs import Receive, Request
     from fdbroker.ipc.transport.unix import Inbox
-    from fdbroker.lender.accounting import Quotas
+    from fdbroker.lender.accounting import Accounting
 
 MESSAGE = bytearray(MESSAGE_BYTES + 1)
 """The message at hand, of whichever connection, for the one thread that serves: to make room for
@@ -84,7 +84,7 @@ class Connection:
         "unsent",
     )
 
-    def __init__(self, sock: socket.socket, peer: Peer, quotas: Quotas) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, quotas: Accounting) -> None:
         sock.setblocking(False)  # `recv_into` must not wait; a flag each time takes longer
         self.sock = sock
         self.number = sock.fileno()

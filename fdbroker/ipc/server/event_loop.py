@@ -14,7 +14,7 @@ from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.ipc.server.worker_pool import Workers
-from fdbroker.lender.state import SECOND
+from fdbroker.lender.model import SECOND
 
 if TYPE_CHECKING:
     from fdbroker.lender import Lender
@@ -82,7 +82,7 @@ class Loop(ABC):
                     action(about, events)
                 except Exception:  # a mistake of ours must not end every loan of everybody
                     log.exception("event=error number=%d", number)
-                if lender.decisions or lender.closings:
+                if lender.notifications or lender.pending_closes:
                     self.settle()
             if patience is not None:
                 self._keep_time()

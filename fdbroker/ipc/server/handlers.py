@@ -41,7 +41,7 @@ from fdbroker.ipc.protocol.messages import (
 from fdbroker.ipc.server.jobs import Put
 from fdbroker.ipc.server.policy import check_listener, check_right, check_right_somewhere
 from fdbroker.ipc.transport.rlimit import too_many_files
-from fdbroker.lender.accounting import NO_LIMIT, WHAT
+from fdbroker.lender.accounting import NO_LIMIT, RESOURCES
 from fdbroker.lender.lender import out_of_turn
 from fdbroker.lender.model import IDLE, LENT, LIVE
 from fdbroker.lender.names import check_name
@@ -95,7 +95,7 @@ def more(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
 
 def give_back(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     """RETURN: the loan ends."""
-    server.lender.give_back(at.session, seq, server.now)
+    server.lender.return_loan(at.session, seq, server.now)
     return None
 
 
@@ -166,10 +166,10 @@ def entries(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
                 EntryRow(
                     entry.name,
                     entry.kind,
-                    entry.where[:WHERE_CHARS],
+                    entry.target[:WHERE_CHARS],
                     entry.generation,
                     len(entry.holders),
-                    len(entry.line),
+                    len(entry.waiters),
                     entry.uid,
                     entry.since,
                     entry.state != LIVE,
@@ -238,17 +238,17 @@ def usage(server: Server, at: Connection, seq: int, fields: Fields) -> Reply:
     check_right(at, USAGE, "")
     server.lender.advance(at.session, seq)
     server.look_at_all()
-    quotas, following, rows = server.lender.quotas, 0, list[UsageRow]()
+    quotas, following, rows = server.lender.accounting, 0, list[UsageRow]()
     for uid in sorted(uid for uid in quotas.accounts if uid >= cursor):
         if len(rows) == PAGE_ROWS:
             following = uid
             break
         account = quotas.accounts[uid]
-        limits = [quotas.limit(account, what) for what in WHAT]
+        limits = [quotas.limit(account, what) for what in RESOURCES]
         rows.append(
             UsageRow(
                 uid,
-                [getattr(account, what) for what in WHAT],
+                [getattr(account, what) for what in RESOURCES],
                 [limit if limit < NO_LIMIT else None for limit in limits],
             )
         )

@@ -25,7 +25,7 @@ from fdbroker.ipc.server.worker_pool import CLOSING, RECEIVING, Job
 from fdbroker.ipc.transport import unix
 from fdbroker.ipc.transport.received import closing
 from fdbroker.ipc.transport.rlimit import too_many_files
-from fdbroker.lender.accounting import FEW
+from fdbroker.lender.accounting import GRACE
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Put(Request):
             server.lender.advance(self.connection.session, self.seq)
             server.reply(self.connection, encode_error(self.seq, error))
             return
-        server.lender.quotas.add(self.account, "closes", -1)  # it is an entry now
+        server.lender.accounting.add(self.account, "closes", -1)  # it is an entry now
         server.keep(entry, self.where)
         server.reply(self.connection, encode([0, self.seq, entry.generation, entry.ticket]))
 
@@ -251,7 +251,7 @@ def close_each(fds: list[int]) -> None:
     They may have come in a mass, so as to take our time: then only the first ones are kept from
     lingering, and numbers that follow each other are closed in one call.
     """
-    for fd in fds[:FEW]:
+    for fd in fds[:GRACE]:
         if descriptors.is_socket(fd):
             descriptors.switch_linger_off(fd)
     any(closing(tuple(fds)))
@@ -281,7 +281,7 @@ class Close(Job):
         if self.error is not None:
             log.error("event=close-failed entry=%s error=%r", self.entry.name, str(self.error))
         server.custody.drop_entry(self.entry.slot)
-        server.lender.quotas.add(self.account, "closing", -1)
+        server.lender.accounting.add(self.account, "closing", -1)
         server.lender.closed(self.entry, self.error)
         server.release(self.account, "closes", 1)
 
@@ -317,7 +317,7 @@ class Reopen(Request):
 
     def finish(self, server: Server) -> None:
         unopened = len(self.sysfds) - len(self.fresh)  # charged were all of them
-        server.lender.let_go(self.entries)
+        server.lender.unpin(self.entries)
         super().finish(server)
         server.release(self.account, "closes", unopened)
 

@@ -78,7 +78,7 @@ class Admission:
 
 def _hold(account: Account, rights: Rights) -> None:
     if rights.admitted and not rights.unlimited:
-        account.hold_to(rights.quota)
+        account.set_limit(rights.quota)
 
 
 def check_right(at: Connection, verb: int, name: str | bytes, *, readonly: bool = False) -> None:

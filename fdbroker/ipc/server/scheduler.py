@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from fdbroker.lender.accounting import Account
     from fdbroker.lender.model import Session
 
-LOOK = 1000  # nanoseconds for each of the lender's `looks`
 NEXT = LONG // 2  # until another one is let in, after one of a uid that is put off
 UNWATCHED: tuple[Any, Any] = None, None
 
@@ -109,26 +108,17 @@ class Turns(Answers):
     def in_time(self, connection: Connection, act: Callable[..., None], *about: Any) -> None:
         """Do that for it, and see how much of our time it takes.
 
-        Not by the clock: that we were not running is nobody's fault.  Nor is what others wished for
-        who wait for it.
+        Measured in CPU time of this thread, so that preemption is not charged.
         """
-        self._charge_waiters()
         begun, charged = thread_time_ns(), self.shares.charged
         act(*about)
-        self._charge_waiters()
         self._charge(connection.account, thread_time_ns() - begun + charged - self.shares.charged)
-
-    def _charge_waiters(self) -> None:
-        looks = self.lender.looks
-        while looks:
-            account, count = looks.popitem()
-            self._charge(account, LOOK * count)
 
     def _charge(self, account: Account, took: int) -> None:
         if not account.limited:
             self.shares.charged += took
         elif took > 0:
-            alone = self.draining or self.lender.quotas.total.sessions <= account.sessions
+            alone = self.draining or self.lender.accounting.total.sessions <= account.sessions
             if self.shares.charge(account.uid, took, self.now, alone=alone):
                 self._set_alarm()
 
@@ -201,7 +191,7 @@ class Turns(Answers):
     def _serve_again(self) -> None:
         """Tell those whose time has come what they are to hear."""
         if self.shares.over(self.now):
-            self.lender.decisions.extend(self._untold)  # who is still put off, is so again
+            self.lender.notifications.extend(self._untold)  # who is still put off, is so again
             self._untold.clear()
             self.settle()
 

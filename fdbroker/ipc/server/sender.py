@@ -40,7 +40,7 @@ from fdbroker.ipc.server.jobs import Discard, Receive, Reopen
 from fdbroker.ipc.server.policy import log_refusal
 from fdbroker.ipc.transport import unix
 from fdbroker.ipc.transport.unix import LEAST_QUEUED, QUEUED, SEND_NOW, SIOCOUTQ, queued
-from fdbroker.lender.state import SECOND
+from fdbroker.lender.model import SECOND
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,12 +99,12 @@ class Answers(Door):
 
     def _note_unread(self, connection: Connection, size: int) -> None:
         """So much lies unread at it, as far as we know."""
-        self.lender.quotas.add(connection.account, "bytes", size - connection.unread)
+        self.lender.accounting.add(connection.account, "bytes", size - connection.unread)
         connection.unread = size
 
     def _reads_too_little(self, account: Account) -> bool:
         """Whether its uid has more answers unread than it may; the kernel is asked only then."""
-        quotas = self.lender.quotas
+        quotas = self.lender.accounting
         if account.bytes <= quotas.limit(account, "bytes"):
             return False
         self._look_at_unread(account)
@@ -132,7 +132,7 @@ class Answers(Door):
     def _note_inflight(self, connection: Connection, count: int) -> None:
         """So many descriptors are in flight to it, as far as we know."""
         if count != connection.inflight:
-            self.lender.quotas.add(connection.account, "inflight", count - connection.inflight)
+            self.lender.accounting.add(connection.account, "inflight", count - connection.inflight)
             connection.inflight = count
 
     def _check_inflight(self, connection: Connection, count: int) -> None:
@@ -140,7 +140,7 @@ class Answers(Door):
 
         What it and others have received since they were last asked is only looked at if not.
         """
-        quotas, more = self.lender.quotas, count - connection.inflight
+        quotas, more = self.lender.accounting, count - connection.inflight
         try:
             quotas.check(connection.account, "inflight", more)
         except QuotaExceeded:
@@ -159,7 +159,7 @@ class Answers(Door):
         if queued[0] >= LEAST_QUEUED:
             self._wait_until_read(connection, Unsent(seq, offset, fresh))
             return
-        if session.request.plain:
+        if session.request.single:
             data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
             count, rights = 1, session.entries[0].ancillary
         else:
@@ -191,12 +191,12 @@ class Answers(Door):
     ) -> None:
         """Have a worker open read-only descriptions of these, to be handed over then."""
         try:
-            self.lender.quotas.check(connection.account, "closes", len(entries))
+            self.lender.accounting.check(connection.account, "closes", len(entries))
         except FDBrokerError as error:
             self.take_back(connection, seq, offset, error)
             return
-        self.lender.quotas.add(connection.account, "closes", len(entries))
-        self.lender.keep_open(entries)
+        self.lender.accounting.add(connection.account, "closes", len(entries))
+        self.lender.pin(entries)
         self.start_job(connection, Reopen(connection, seq, offset, entries))
 
     def take_back(
@@ -210,7 +210,7 @@ class Answers(Door):
         if isinstance(error, QuotaExceeded):
             log_refusal(connection, error)
         if offset == 0 and not connection.repeated:
-            self.lender.take_back(connection.session, self.now)
+            self.lender.roll_back_grant(connection.session, self.now)
         self.reply(connection, encode_error(seq, error))
 
     def _wait_until_read(self, connection: Connection, unsent: Unsent) -> None:
@@ -252,12 +252,12 @@ class Answers(Door):
 
     def _begin_next(self, account: Account) -> None:
         """Its next one, if there is any; who may have nothing more in hand is told so."""
-        jobs, quotas = self._apart[account], self.lender.quotas
+        jobs, quotas = self._apart[account], self.lender.accounting
         while jobs:
             job = jobs[0]
             if job.connection.state != ENDED:
                 try:
-                    quotas.check_one(account)
+                    quotas.check_receive(account)
                 except QuotaExceeded as error:
                     job.error, job.done = error, True
                     self._take_up(job.connection)

@@ -107,15 +107,15 @@ class Server(Turns):
         granted before stays granted: loans, and waits.
         """
         self._admission = Admission(rules, quota)
-        before = {one: one.quota for one in self.lender.quotas.accounts.values() if one.limited}
-        for account in self.lender.quotas.accounts.values():
-            account.forget_quota()
+        before = {one: one.quota for one in self.lender.accounting.accounts.values() if one.limited}
+        for account in self.lender.accounting.accounts.values():
+            account.clear_limit()
             self._admission.hold(account)
         for connection in self._connections.values():
             self._admission.look_at(connection)
         for account, quota in before.items():
             if not account.limited:  # nobody of it is admitted any more: what is granted stays
-                account.hold_to(quota)
+                account.set_limit(quota)
         for connection in self._connections.values():
             self.listen(connection)
 
@@ -124,7 +124,7 @@ class Server(Turns):
 
         No request is taken up between the two.
         """
-        entry.where = where
+        entry.target = where
         entry.ancillary = unix.rights((entry.sysfd,))
         self.custody.keep_entry(entry.slot, entry.sysfd)
         if entry.kind in LISTENERS:
@@ -132,9 +132,9 @@ class Server(Turns):
 
     def settle(self) -> None:
         """Tell others what was decided for them, and have closed what is to be closed."""
-        while self.lender.decisions or self.lender.closings:
-            while self.lender.decisions:
-                session, seq, error = self.lender.decisions.popleft()
+        while self.lender.notifications or self.lender.pending_closes:
+            while self.lender.notifications:
+                session, seq, error = self.lender.notifications.popleft()
                 connection = self._by_slot.get(session.slot)
                 if connection is None or connection.session is not session:
                     continue
@@ -145,10 +145,10 @@ class Server(Turns):
                     self.in_time(connection, self._tell, connection, seq, error)
                 except Exception:
                     self._blame_us(connection)
-            while self.lender.closings:
-                entry = self.lender.closings.popleft()
-                self.lender.quotas.add(entry.account, "closes")
-                self.lender.quotas.add(entry.account, "closing")
+            while self.lender.pending_closes:
+                entry = self.lender.pending_closes.popleft()
+                self.lender.accounting.add(entry.account, "closes", 1)
+                self.lender.accounting.add(entry.account, "closing", 1)
                 self.workers.submit(Close(entry))
 
     def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
@@ -171,7 +171,7 @@ class Server(Turns):
         self._admission.look_at(connection)
         self._admission.check_come(connection)
         self.watch(connection.number, self.serving(connection), connection)
-        self.lender.quotas.add(connection.account, "sessions")
+        self.lender.accounting.add(connection.account, "sessions", 1)
         self._connections[connection.number] = connection
 
     def _serve(self, connection: Connection, events: int) -> None:
@@ -209,7 +209,7 @@ class Server(Turns):
                 if verb != RETURN:
                     self._handle(connection, verb, seq, fields)
                     return
-                if lender.give_back(session, seq, self.now):
+                if lender.return_loan(session, seq, self.now):
                     return
         except NoRoom:
             self.receive_apart(connection)
@@ -347,8 +347,8 @@ class Server(Turns):
         if connection.job is None:
             self.custody.drop_session(session.slot)
             del self._by_slot[session.slot]
-            self.lender.forget(session)
-            self.lender.quotas.drop_idle(session.account)
+            self.lender.free(session)
+            self.lender.accounting.drop_idle(session.account)
 
     def start_job(self, connection: Connection, job: Request) -> None:
         """Have a worker do the slow part of this connection's request."""

@@ -10,7 +10,7 @@ nothing: so the broker is idle most of the time, and whoever asks then is answer
 
 from __future__ import annotations
 
-from fdbroker.lender.state import SECOND
+from fdbroker.lender.model import SECOND
 
 LONG = SECOND // 1000  # of the loop's own time: a usual request takes a hundredth of that
 OTHERS = 4  # times as long as one has taken belongs to the others

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from time import monotonic, thread_time_ns
 from typing import TYPE_CHECKING
 
-from fdbroker.lender.accounting import half
+from fdbroker.lender.accounting import fair_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +108,9 @@ class Lane:
             with suppress(OSError):
                 self.add_thread()
         while (
-            waiting and self._free and self._busy[account] < half(self._busy[account], self._free)
+            waiting
+            and self._free
+            and self._busy[account] < fair_share(self._busy[account], self._free)
         ):
             self._free -= 1
             self._busy[account] += 1
