@@ -106,13 +106,13 @@ def _allowing(
 ) -> int | None:
     """The first that allows it; for a connection any that speaks of the peer."""
     for number, rule in enumerate(rules):
-        if rule.is_about(uid, groups) and (verb == CONNECT or rule.allows(verb, name or "")):
+        if rule.applies_to(uid, groups) and (verb == CONNECT or rule.allows(verb, name or "")):
             return number
     return None
 
 
 def _none_of(rules: Sequence[Rule], uid: int, groups: Collection[int]) -> str:
-    about = [str(number + 1) for number, rule in enumerate(rules) if rule.is_about(uid, groups)]
+    about = [str(number + 1) for number, rule in enumerate(rules) if rule.applies_to(uid, groups)]
     if not about:
         return f"no rule speaks of uid {uid}, so it may not even connect"
     return f"of those that speak of uid {uid} (rule {', '.join(about)}) none allows it"

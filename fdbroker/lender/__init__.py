@@ -1,7 +1,18 @@
-"""The heart: entries, loans, the waiting line.  No socket, no clock, no pid of its own.
+"""The core of the broker: entries, sessions and loans, without sockets, clock or pid.
 
-A client needs no more of it than the rule for names, so the names below load their modules at
-first use.
+    names        which names an entry can have
+    rules        who may do what with which names
+    accounting   how much each uid uses, and how much it may use
+    ledger       the whole state as fixed-width records in a buffer
+    model        the records in memory: peers, entries, sessions
+    wait_queue   the waiting rules: what conflicts, and who can be granted
+    deadlines    when waits end
+    cells        the ledger's cells of loans of several entries
+    state        the tables, and the changes that keep memory, ledger and accounts in step
+    lender       the events
+    recovery     a lender rebuilt from its ledger
+
+A client needs only the names and the records, so the names below load their modules at first use.
 """
 
 from __future__ import annotations

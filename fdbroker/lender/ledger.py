@@ -1,23 +1,23 @@
-"""The ledger: the lender's whole state as fixed-width records in a buffer that the caller supplied.
+"""The ledger: the lender's whole state as fixed-width records in a buffer of the caller.
 
-Everything the lender decides is written through to here before anybody is told, so that another
-process could map the same buffer and go on.  Three tables follow a header, each of 64-bit words
-in the machine's order:
+Every decision of the lender is written here before any client is told, so that another process can
+map the same buffer and take over.  A header is followed by three tables of 64-bit words in the
+machine's byte order:
 
-    sessions   one record each: its seq and id, and its loan or its place in a waiting line
-    entries    one record each: name or ticket, generation, kind, who made it with which seq
-    cells      one word each: the second, third, ... entry of a loan of several, and how many cells
-               lie between it and that of the next
+    sessions   one record each: its seq and id, and its loan or its wait
+    entries    one record each: name or ticket, generation, kind, its creator and the creator's seq
+    cells      one word each: the second, third, ... entry of a loan of several, and the number of
+               cells between it and the cell of the next entry
 
-The first word of a record is its **commit word**: a state in the low eight bits, above it the seq
-(sessions) or the generation (entries).  Fields are written first and the commit word last, and
-the fields that a change writes have no meaning in the state that the record is in until then (a
-session's id always has: it is written once, while the slot is free).  So a record is true at every
-instant, wherever its writer was stopped; a grant or a return is one word.
-Cells have no state: those that no session's record leads to are free.
+The first word of a record is its **commit word**: a state in the low eight bits, and above it the
+seq (sessions) or the generation (entries).  A change writes the fields first and the commit word
+last, and it writes only fields that have no meaning in the present state.  (The id of a session
+always has a meaning; it is written once, while the slot is free.)  So a record is true at every
+instant, wherever its writer was killed.  A grant or a return is one word.  Cells have no state: a
+cell is free if no session's record leads to it.
 
-The ledger knows nothing of what the records mean; times are nanoseconds of CLOCK_BOOTTIME, which
-goes on through suspend and is the same for the process that takes over.
+The ledger does not know what the records mean.  Times are nanoseconds of CLOCK_BOOTTIME, which goes
+on through suspend and is the same for the process that takes over.
 """
 
 from __future__ import annotations
@@ -32,40 +32,50 @@ from fdbroker.errors import BrokerFull
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAGIC = 0x32_72_65_67_64_65_6C_66  # "fledger2", the layout below; another layout, another number
-HEADER_WORDS = 8  # magic, three capacities, three counters, one to spare
-NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6  # the counters' places in the header
+# "fledger2".  Every change of the layout below needs another number.
+MAGIC = 0x32_72_65_67_64_65_6C_66
 
-# the words of a session's record; what follows CELL is only meant while it waits
+# The header: the magic number, three capacities, three counters, and a spare word.
+HEADER_WORDS = 8
+NEXT_SESSION, NEXT_GENERATION, NEXT_ARRIVAL = 4, 5, 6
+
+# The words of a session's record.  ARRIVAL, ASKED and DEADLINE have a meaning only while it waits.
+# SHAPE has the first entry and, above it, what `shape` makes of the request.
 COMMIT, ID, BORROW_SEQ, SINCE, SHAPE, CELL, ARRIVAL, ASKED, DEADLINE, PURPOSE = range(10)
 PURPOSE_BYTES = 128
 SESSION_WORDS = PURPOSE + PURPOSE_BYTES // 8
 
-ENTRY = struct.Struct("=QQQIBBH256s")  # after the commit word
+# An entry's record after the commit word.
+ENTRY = struct.Struct("=QQQIBBH256s")
 ENTRY_WORDS = 1 + ENTRY.size // 8
 
 STATE_BITS = 8
 STATE_MASK = (1 << STATE_BITS) - 1
-HALF = 0xFFFFFFFF  # of a word: in its low half an entry
+
+# The low half of SHAPE and of a cell is the slot of an entry.
+HALF = 0xFFFFFFFF
 
 
 class SessionRecord(NamedTuple):
-    """What a session asked for and got, in the order of the record; without meaning while IDLE."""
+    """The fields of a session's record, which have no meaning while it is IDLE.
+
+    `members` is the number of entries, `entry` the first one, and `cell` the cell of the second.
+    """
 
     borrow_seq: int
     since: int
-    entry: int  # this and the next two are in one word, see `shape`
+    entry: int
     members: int
     flags: int
-    cell: int  # of the second member
-    arrival: int  # this and the next two mean something while the session waits
+    cell: int
+    arrival: int
     asked: int
     deadline: int
     purpose: bytes
 
 
 def shape(members: int, flags: int, purpose_size: int) -> int:
-    """What is the same in all loans that are alike, ready for the word that names the entry."""
+    """Return the part of the word SHAPE that a request fixes; the slot of the entry is added."""
     return purpose_size << 56 | flags << 48 | members << 32
 
 
@@ -85,9 +95,9 @@ class EntryRecord(NamedTuple):
 class Ledger:
     """Reads and writes the records in `buffer`, which stays the caller's.
 
-    A buffer of zeros is formatted for `sessions`, `entries` and `cells` records; one that was
+    A buffer of zeros is formatted for `sessions`, `entries` and `cells` records.  A buffer that was
     formatted before is taken as it is.  `size` tells how many bytes it must have.  Pages that were
-    never written need no memory if the buffer is an anonymous mapping or a memfd.
+    never written take no memory if the buffer is an anonymous mapping or a memfd.
     """
 
     __slots__ = (
@@ -132,11 +142,11 @@ class Ledger:
 
     @staticmethod
     def size(sessions: int, entries: int, cells: int) -> int:
-        """Bytes that a buffer for that many records must have."""
+        """Return the bytes that a buffer for so many records must have."""
         return 8 * (HEADER_WORDS + sessions * SESSION_WORDS + entries * ENTRY_WORDS + cells)
 
     def count(self, counter: int) -> int:
-        """The next number of a counter in the header; no number is given twice."""
+        """Return the next number of a counter in the header; no number is returned twice."""
         number = self.words[counter]
         self.words[counter] = number + 1
         return number
@@ -144,17 +154,17 @@ class Ledger:
     # --- sessions ---
 
     def record(self, slot: int) -> memoryview:
-        """The words of a session's record, to be written one by one, COMMIT last."""
+        """Return the words of a session's record, to be written one by one, COMMIT last."""
         at = self._sessions_at + slot * SESSION_WORDS
         return self.words[at : at + SESSION_WORDS]
 
     def write_purpose(self, slot: int, purpose: bytes) -> None:
-        """Write what a loan is for; it means nothing until the commit."""
+        """Write the purpose of a loan; it has no meaning until the commit."""
         at = (self._sessions_at + slot * SESSION_WORDS + PURPOSE) * 8
         self.buffer[at : at + len(purpose)] = purpose
 
     def read_session(self, slot: int) -> tuple[int, int, int, SessionRecord]:
-        """(seq, state, id, fields) of a session's record."""
+        """Return (seq, state, id, fields) of a session's record."""
         record = self.record(slot)
         commit, loan = record[COMMIT], record[SHAPE]
         size = min(loan >> 56, PURPOSE_BYTES)
@@ -174,22 +184,22 @@ class Ledger:
         return commit >> STATE_BITS, commit & STATE_MASK, record[ID], fields
 
     def session_states(self) -> list[int]:
-        """The state of every session slot, free ones included."""
+        """Return the state of every session slot, free ones included."""
         words = self.words[self._sessions_at : self._entries_at : SESSION_WORDS]
         return [word & STATE_MASK for word in words]
 
     # --- entries ---
 
     def write_entry(self, slot: int, record: EntryRecord) -> None:
-        """Write an entry's fields; they mean nothing until `commit_entry`."""
+        """Write an entry's fields; they have no meaning until `commit_entry`."""
         ENTRY.pack_into(self.buffer, (self._entries_at + slot * ENTRY_WORDS + 1) * 8, *record)
 
     def commit_entry(self, slot: int, generation: int, state: int) -> None:
-        """Make the entry's record true."""
+        """Put the entry's record into a state; its fields are true from now on."""
         self.words[self._entries_at + slot * ENTRY_WORDS] = generation << STATE_BITS | state
 
     def read_entry(self, slot: int) -> tuple[int, int, EntryRecord]:
-        """(generation, state, fields) of an entry's record."""
+        """Return (generation, state, fields) of an entry's record."""
         at = self._entries_at + slot * ENTRY_WORDS
         record = EntryRecord(*ENTRY.unpack_from(self.buffer, (at + 1) * 8))
         commit = self.words[at]
@@ -197,23 +207,24 @@ class Ledger:
         return commit >> STATE_BITS, commit & STATE_MASK, record._replace(name=name)
 
     def entry_states(self) -> list[int]:
-        """The state of every entry slot, free ones included."""
+        """Return the state of every entry slot, free ones included."""
         words = self.words[self._entries_at : self._cells_at : ENTRY_WORDS]
         return [word & STATE_MASK for word in words]
 
     # --- cells ---
 
     def write_cells(self, cells: Sequence[int], entries: Sequence[int]) -> None:
-        """Have `cells`, in rising order, hold `entries`; a session's record names the first one."""
+        """Write `entries` to `cells`, which are in rising order."""
         start = self._cells_at
-        if isinstance(cells, range):  # nothing is skipped: a fifth of the time
+        if isinstance(cells, range):
+            # No cell is skipped, so all words can be written by one call.
             self.words[start + cells.start : start + cells.stop] = array("Q", entries)
             return
         for cell, entry, following in zip(cells, entries, [*cells[1:], cells[-1] + 1], strict=True):
             self.words[start + cell] = (following - cell - 1) << 32 | entry
 
     def read_cells(self, first: int, count: int) -> tuple[list[int], list[int]]:
-        """The chain of `count` cells that begins at `first`, as (cells, entries)."""
+        """Return the chain of `count` cells that begins at `first`, as (cells, entries)."""
         cells, entries = [], []
         for _ in range(count):
             word = self.words[self._cells_at + first]
@@ -224,9 +235,10 @@ class Ledger:
 
 
 class Slots:
-    """The free slots of one table: always the lowest is given, so a reload gives the same ones.
+    """The free slots of one table.
 
-    Slots that were never used are a number, not a list: a table of 100,000 costs nothing.
+    The lowest free slot is always taken first, so a successor takes the same ones.  All slots from
+    `fresh` on are free and were never used; they take no memory, however large the table is.
     """
 
     __slots__ = ("_limit", "_returned", "_what", "fresh")
@@ -235,11 +247,12 @@ class Slots:
         taken = taken or set()
         self._limit = limit
         self._what = what
-        self.fresh = max(taken, default=-1) + 1  # this one and all above are free
-        self._returned = sorted(set(range(self.fresh)) - taken)  # a sorted list is a heap
+        self.fresh = max(taken, default=-1) + 1
+        # A heap, as every sorted list is.
+        self._returned = sorted(set(range(self.fresh)) - taken)
 
     def take(self) -> int:
-        """The lowest free slot; `BrokerFull` if there is none."""
+        """Take and return the lowest free slot; raise `BrokerFull` if there is none."""
         if self._returned:
             return heappop(self._returned)
         if self.fresh >= self._limit:
@@ -248,7 +261,10 @@ class Slots:
         return self.fresh - 1
 
     def take_many(self, count: int) -> Sequence[int]:
-        """So many free slots in order, a range if none was used before; `BrokerFull`: none."""
+        """Take and return `count` free slots in rising order, as a range if possible.
+
+        Raises `BrokerFull` if there are not so many, and takes none then.
+        """
         if count > len(self._returned) + self._limit - self.fresh:
             raise BrokerFull(self._what, self._limit)
         first = self.fresh
@@ -260,16 +276,17 @@ class Slots:
         return [*again, *range(first, self.fresh)]
 
     def give_many(self, slots: Sequence[int]) -> None:
-        """Take back what `take_many` gave: at once if nobody has taken any since."""
+        """Free slots that `take_many` returned."""
         if isinstance(slots, range) and slots.stop == self.fresh:
             self.fresh = slots.start
         else:
             for slot in slots:
                 heappush(self._returned, slot)
-        if self._returned and len(self._returned) == self.fresh:  # all are back: none is in use
+        if self._returned and len(self._returned) == self.fresh:
+            # No slot is in use.
             self._returned.clear()
             self.fresh = 0
 
     def give(self, slot: int) -> None:
-        """Take a slot back."""
+        """Free a slot."""
         heappush(self._returned, slot)

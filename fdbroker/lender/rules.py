@@ -1,27 +1,27 @@
-"""Rules: who may do what with which names.
+"""Rules: which peers may do what with which names.
 
-The broker's own uid and root may do all, and everyone else only what a rule allows.  A rule speaks
-of peers (a uid, a gid, or everyone), of names (patterns), and of verbs; it never forbids, so more
-rules allow more, and their order does not matter.  A peer whom any rule speaks of is *admitted*: it
-may connect, and borrow by a ticket, even where the rule has no verbs.
+The broker's own uid and root may do everything, and all other peers only what a rule allows.  A
+rule has peers (a uid, a gid, or everyone), patterns of names, and verbs.  Rules never forbid, so
+more rules allow more, and their order does not matter.  A peer that any rule applies to is
+*admitted*: it may connect, and borrow by a ticket, even if the rule has no verbs.
 
-    borrow   by name, also several at once, each of which must be allowed; a rule can allow it
-             with mode="r" only (where the owner of a file or its seals protect it: see
-             docs/security.md), and a listening socket only if it says so (`listeners`)
-    put      a new entry; to replace one takes `retire` too, since the one before it retires
-    retire   an entry, whoever put it
-    list     see it, and its loans, in a list
-    admin    what concerns the whole broker: its counts
+    borrow   borrow by name; of several names at once each must be allowed.  A rule can allow it
+             with mode="r" only (which protects a file if its owner or its seals do so as well, see
+             docs/security.md), and it allows listening sockets only with `listeners`
+    put      put a new entry; replacing one takes `retire` too, since the old entry retires
+    retire   retire an entry, also one that another peer has put
+    list     see the entry and its loans in a list
+    admin    see the counts of the whole broker
 
-What has no name (a shared object, the broker itself) is matched as the empty name, so it takes a
-pattern like ``*``.  In a pattern ``*`` is any number of characters, ``/`` among them, ``?`` is one,
-``[ab]`` is one of these, and case matters (fnmatch).
+Objects without a name (a shared object, the broker itself) are matched as the empty name, so they
+take a pattern like ``*``.  In a pattern ``*`` is any number of characters, ``/`` among them, ``?``
+is one character, ``[ab]`` is one of these, and case matters (fnmatch).
 
-Some uids are no one's: a user whom the user namespace of the broker does not map is shown as the
-overflow uid (user_namespaces(7)), as is everyone else of that kind.  So it is no identity, and
-nothing is allowed to it: no rule is about it, not even one for everyone.  So it is with groups.
+The kernel shows every user that the broker's user namespace does not map as the overflow uid
+(user_namespaces(7)).  So this uid is no identity, and nothing is allowed to it: no rule applies to
+it, not even a rule for everyone.  The overflow gid is treated likewise.
 
-Nothing here asks the kernel: who a peer is, and what stands for unknown, are arguments.
+This module does not ask the kernel.  The peer's ids and the overflow ids are arguments.
 """
 
 from __future__ import annotations
@@ -34,16 +34,25 @@ from typing import NamedTuple
 from fdbroker.lender.accounting import DEFAULT, Quota
 
 VERBS = frozenset({"borrow", "put", "retire", "list", "admin"})
-READ = "read"  # to borrow with mode="r", which every rule for `borrow` allows too
-LISTEN = "listen"  # to borrow what listens, in whatever mode, beside one of the two for its name
+
+# The right to borrow with mode="r".  Every rule for `borrow` gives it too.
+READ = "read"
+
+# The right to borrow listening sockets, in any mode.  It comes on top of `borrow` or READ.
+LISTEN = "listen"
+
 ROOT = 0
 
 
 class Rule(NamedTuple):
     """Allows `verbs` on all names that match one of the patterns `names`.
 
-    To whom: a uid, a gid (also a supplementary one), or everyone.  Of what is given all must hold;
-    a rule that gives none of the three is about nobody.
+    It applies to a uid, a gid (also a supplementary one), or everyone.  If both ids are given, both
+    must match; a rule with none of the three applies to no peer.
+
+    mode        "r": it allows borrowing with mode="r" only
+    listeners   whether listening sockets may be borrowed, which a borrower can shut down for all
+    quota       the limits of each uid that it applies to, in place of the general ones
     """
 
     verbs: frozenset[str]
@@ -51,19 +60,19 @@ class Rule(NamedTuple):
     uid: int | None = None
     gid: int | None = None
     everyone: bool = False
-    mode: str = ""  # "r": what it allows to borrow, it allows with mode="r" only
-    listeners: bool = False  # whether that may be a listening socket, which its borrower can end
-    quota: tuple[tuple[str, int], ...] = ()  # of each uid it is about, in place of that for all
+    mode: str = ""
+    listeners: bool = False
+    quota: tuple[tuple[str, int], ...] = ()
 
-    def is_about(self, uid: int, groups: Collection[int]) -> bool:
-        """Whether it speaks of a peer with this uid and these groups."""
+    def applies_to(self, uid: int, groups: Collection[int]) -> bool:
+        """Tell whether it applies to a peer with this uid and these groups."""
         if self.uid is None and self.gid is None:
             return self.everyone
         return self.uid in (None, uid) and (self.gid is None or self.gid in groups)
 
     @property
     def grants(self) -> frozenset[str]:
-        """Its verbs, READ beside `borrow` or in its place, and LISTEN beside both."""
+        """Its rights: the verbs, with READ added to `borrow` or in its place, and LISTEN."""
         if "borrow" not in self.verbs:
             return self.verbs
         if self.mode == "r":
@@ -71,15 +80,16 @@ class Rule(NamedTuple):
         return self.verbs | ({READ, LISTEN} if self.listeners else {READ})
 
     def allows(self, verb: str, name: str) -> bool:
-        """Whether it allows that, to those of whom it speaks."""
+        """Tell whether it allows the peers that it applies to `verb` on `name`."""
         return Rights([self]).may(verb, name)
 
 
 class Rights:
-    """What all rules that speak of a peer allow it.  Never changed: other rules make others.
+    """The sum of the rules that apply to a peer.  It is never changed.
 
-    admitted: whether it may connect at all.  unlimited: whether it may do everything, and have
-    what there is.  quota: what it may have, else; of what several rules say, the most.
+    admitted    whether the peer may connect at all
+    unlimited   whether it may do everything, without any limits
+    quota       its limits otherwise; if several rules have one, the highest
     """
 
     __slots__ = ("_patterns", "admitted", "quota", "unlimited")
@@ -102,14 +112,14 @@ class Rights:
         }
 
     def may(self, verb: str, name: str) -> bool:
-        """Whether it may do that with the entry `name`; "" is what has no name."""
+        """Tell whether the peer may do `verb` with the entry `name`; "" is the empty name."""
         if self.unlimited:
             return True
         pattern = self._patterns.get(verb)
         return pattern is not None and pattern.match(name) is not None
 
     def may_somewhere(self, verb: str) -> bool:
-        """Whether there can be a name that it may do that with."""
+        """Tell whether there can be a name that the peer may do `verb` with."""
         return self.unlimited or verb in self._patterns
 
 
@@ -120,8 +130,8 @@ ALL_RIGHTS = Rights(unlimited=True)
 class Rules:
     """All rules of a broker that runs as `own_uid`.
 
-    unknown_uid, unknown_gid: what stands for those that the kernel cannot tell; None if there
-    are no such.  `gids` are the groups that matter: other groups of a peer need not be asked for.
+    `unknown_uid` and `unknown_gid` are the overflow ids, or None if every id is mapped.  `gids` are
+    the groups in the rules: other groups of a peer need not be asked for.
     """
 
     def __init__(
@@ -137,18 +147,19 @@ class Rules:
         self._quota = quota
         self._rules = [rule for rule in rules if rule.gid is None or rule.gid != unknown_gid]
         self._unlimited = {ROOT, own_uid} - {unknown_uid}
-        self._rights: dict[tuple[int, ...], Rights] = {(): NO_RIGHTS}  # by the rules that apply
+        # By the numbers of the rules that apply.
+        self._rights: dict[tuple[int, ...], Rights] = {(): NO_RIGHTS}
         self.gids = frozenset(rule.gid for rule in self._rules if rule.gid is not None)
 
     def rights(self, uid: int, groups: Collection[int] = ()) -> Rights:
-        """The rights of a peer; peers of whom the same rules speak get the same object."""
+        """Return the rights of a peer; peers that the same rules apply to get the same object."""
         if uid in self._unlimited:
             return ALL_RIGHTS
         if uid == self.unknown_uid:
             return NO_RIGHTS
-        about = tuple(n for n, rule in enumerate(self._rules) if rule.is_about(uid, groups))
-        rights = self._rights.get(about)
+        applying = tuple(n for n, rule in enumerate(self._rules) if rule.applies_to(uid, groups))
+        rights = self._rights.get(applying)
         if rights is None:
-            rules = [self._rules[number] for number in about]
-            rights = self._rights[about] = Rights(rules, self._quota)
+            rules = [self._rules[number] for number in applying]
+            rights = self._rights[applying] = Rights(rules, self._quota)
         return rights

@@ -36,7 +36,7 @@ def test_without_rules_only_root_and_the_brokers_own_uid_may_anything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("who", "uid", "groups", "is_about"),
+    ("who", "uid", "groups", "applies_to"),
     [
         ({}, ALICE, {STAFF}, False),
         ({"uid": ALICE}, ALICE, set(), True),
@@ -53,9 +53,9 @@ def test_without_rules_only_root_and_the_brokers_own_uid_may_anything() -> None:
         ({"gid": STAFF, "everyone": True}, BOB, set(), False),
     ],
 )
-def test_of_whom_a_rule_speaks(who, uid, groups, is_about) -> None:
+def test_of_whom_a_rule_speaks(who, uid, groups, applies_to) -> None:
     found = rights(Rule(BORROW, **who), uid=uid, groups=groups)
-    assert found.admitted is found.may("borrow", "web") is is_about
+    assert found.admitted is found.may("borrow", "web") is applies_to
     assert not found.unlimited
 
 
