@@ -59,7 +59,7 @@ from fdbroker.ipc.protocol.messages import (
     template,
 )
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.ipc.transport.unix import INT, SIOCOUTQ, refuse_descriptors
 from fdbroker.lender import Ledger, Lender
 from fdbroker.rc import FD

@@ -29,7 +29,7 @@ from fdbroker.ipc.client.pool import Pool
 from fdbroker.ipc.client.session import Session
 from fdbroker.ipc.protocol.messages import LOANS, STATS, check_reply, decode_reply, encode_error
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.lender import Ledger, Lender
 from fdbroker.rc import FD
 

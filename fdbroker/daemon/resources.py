@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker import descriptors, openers
 from fdbroker.daemon import config
 from fdbroker.errors import BadResource, BrokerFull, FDBrokerError, UnsupportedKind
-from fdbroker.ipc.server.worker_pool import APART, CLOSING, Job
+from fdbroker.ipc.server.worker_pool import CLOSE, DEDICATED, Job
 from fdbroker.lender.names import check_name
 from fdbroker.rc import FD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from fdbroker.daemon.config import Config, Resource
     from fdbroker.daemon.systemd import Handed, Manager
@@ -210,13 +211,16 @@ class Resources:
             }
             theirs = names.keys() - ours.keys()
             try:
-                self._server.workers.submit(Reload(self._path, ours, theirs, self._finish_reload))
+                job = Reload(self._path, ours, theirs)
+                self._server.workers.submit(job, partial(self._finish_reload, job))
             except OSError as error:  # no thread can be started
                 self._reloading = False
                 self._tell(error)
 
     def _finish_reload(self, job: Reload) -> None:
         self._reloading = False
+        if job.crash:
+            job.error = OSError(job.crash)
         if self._server.draining:
             self._discard(job.opened)
             return
@@ -238,7 +242,7 @@ class Resources:
 
     def _discard(self, opened: list[Opened]) -> None:
         if opened:
-            self._server.workers.submit(Discard(opened))
+            self._server.workers.submit(Discard(opened), _nothing_more)
 
     def _tell(self, error: FDBrokerError | OSError | None) -> None:
         """Say how the reload went."""
@@ -293,7 +297,7 @@ class Resources:
 class Discard(Job):
     """Close what nobody took."""
 
-    lane = CLOSING
+    queue = CLOSE
 
     def __init__(self, opened: list[Opened]) -> None:
         self._opened = opened
@@ -301,26 +305,26 @@ class Discard(Job):
     def run(self) -> None:
         discard_all(self._opened)
 
-    def finish(self, server: Server) -> None:
-        server.resume_accepting()
+
+def _nothing_more() -> None:
+    """Do nothing when the descriptors are closed."""
 
 
 class Reload(Job):
     """Read the file, and open what is new in it."""
 
-    lane = APART  # or what clients have looked at, which may hang, could hold up a revocation
+    # What clients have inspected may hang, and must not delay a reload that takes rights away.
+    queue = DEDICATED
 
     def __init__(
         self,
         path: str,
         ours: dict[str, Resource],
         theirs: set[str],
-        finished: Callable[[Reload], None],
     ) -> None:
         self._path = path
         self._ours = ours
         self._theirs = theirs
-        self._finished = finished
         self.config: Config | None = None
         self.opened: list[Opened] = []
         self.error: FDBrokerError | OSError | None = None
@@ -336,8 +340,3 @@ class Reload(Job):
             self.config = read
         except (FDBrokerError, OSError) as error:
             self.error = error
-
-    def finish(self, server: Server) -> None:
-        if self.failure:
-            self.error = OSError(self.failure)
-        self._finished(self)

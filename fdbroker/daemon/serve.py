@@ -38,8 +38,11 @@ from fdbroker.daemon.resources import (
 from fdbroker.daemon.systemd import Manager, take_handed_over, take_own
 from fdbroker.errors import BadResource
 from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.server.tuning import TUNING, Tuning
+from fdbroker.ipc.transport import Listener
 from fdbroker.ipc.transport.address import default_address
-from fdbroker.ipc.transport.listener import PRIVATE, Listener
+from fdbroker.ipc.transport.unix_listener import PRIVATE
+from fdbroker.ipc.transport.unix_port import Watched
 from fdbroker.lender import Ledger, Lender
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ def serve(
     ready_fd: int | None = None,
     owner_fd: int | None = None,
     drain_seconds: float | None = None,
+    tuning: Tuning = TUNING,
 ) -> None:
     """Serve at `address` until drained.
 
@@ -81,6 +85,7 @@ def serve(
     owner_fd: the pidfd of the process it belongs to; the folder of `address` is private then, and
     goes with the broker, since its owner may have been killed.
     drain_seconds: None: what the configuration says, else `DRAIN_SECONDS`.
+    tuning: how long the server waits, and how much it does at a time.
     Raises `AlreadyServing`, `BadAddress`, `BadResource`, `BadName`, `ConfigError`, OSError.
     """
     with contextlib.ExitStack() as stack:
@@ -104,7 +109,7 @@ def serve(
         sessions = min(_raise_file_limit(), SESSIONS)
         sys.setswitchinterval(SWITCH_SECONDS)
         listener = _listener(address, settings, bound)
-        server = _server(listener, sessions)
+        server = _server(listener, sessions, tuning)
         reloader = Resources(server, config_path, manager)
         with contextlib.ExitStack() as closing:
             closing.callback(server.close)
@@ -181,10 +186,11 @@ def _listener(address: str | None, settings: Settings, bound: socket | None) -> 
         raise
 
 
-def _server(listener: Listener, sessions: int) -> Server:
+def _server(listener: Listener, sessions: int, tuning: Tuning) -> Server:
     try:
         buffer = mmap.mmap(-1, Ledger.size(sessions, ENTRIES, CELLS))
-        return Server(listener, Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS)))
+        lender = Lender(Ledger(memoryview(buffer), sessions, ENTRIES, CELLS))
+        return Server(listener, lender, tuning=tuning)
     except BaseException:
         listener.close()
         raise
@@ -220,13 +226,15 @@ def _nr_open() -> int:
 
 
 def _watch_owner(server: Server, owner_fd: int) -> None:
-    def owner_has_ended(about: None, events: int) -> None:
-        server.unwatch(owner_fd)
+    owner = server.loop.port.watch_end(owner_fd)
+
+    def owner_has_ended(events: int) -> None:
+        server.loop.unwatch(owner)
         os.close(owner_fd)
         server.drain(None)
 
     os.set_inheritable(owner_fd, False)
-    server.watch(owner_fd, owner_has_ended)
+    server.loop.watch(owner, owner_has_ended)
 
 
 def _remove_folder(address: str) -> None:
@@ -247,7 +255,7 @@ def _signals(
     arrived, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     deadlines = chain([drain_seconds], repeat(0.0))
 
-    def act(about: None, events: int) -> None:
+    def act(events: int) -> None:
         for number in os.read(arrived, 64):  # a byte for each signal
             if number == signal.SIGHUP:
                 resources.reload()
@@ -255,7 +263,7 @@ def _signals(
                 manager.stopping("waiting for loans")
                 server.drain(next(deadlines))
 
-    server.watch(arrived, act)
+    server.loop.watch(Watched(arrived), act)
     before_tell = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     before = {number: signal.signal(number, _noted) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while it started is acted upon

@@ -62,7 +62,7 @@ class Entry:
     slot              its place in the ledger
     generation        a number that no other entry has
     fd, sysfd         the descriptor, with one reference that belongs to the closer; its number
-    ancillary         the prepared control message that lends it; not in the ledger
+    parcel            what the channel sends to lend it, made by the server; not in the ledger
     target            its path or address, for people; not in the ledger
     creator           the id of the session that put it, 0 for the broker; `creator_seq` is the seq
                       of that request
@@ -77,7 +77,6 @@ class Entry:
 
     __slots__ = (
         "account",
-        "ancillary",
         "charge",
         "close_waiters",
         "creator",
@@ -91,6 +90,7 @@ class Entry:
         "kind",
         "name",
         "owner",
+        "parcel",
         "pins",
         "since",
         "slot",
@@ -109,7 +109,7 @@ class Entry:
         self.generation = generation
         self.fd = fd
         self.sysfd = fd.incref()
-        self.ancillary: Any = None
+        self.parcel: Any = None
         self.target = ""
         self.state = LIVE
         self.kind = 0

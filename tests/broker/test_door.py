@@ -14,10 +14,8 @@ from .planted import broker_with
 
 SOON = 5.0
 EXCLUSIVE = [1, None, ""]  # the fields of such a borrow after the name
-SHORT = """
-    from fdbroker.ipc.server import acceptor
-    acceptor.HELLO_TIME = 300_000_000  # nanoseconds
-"""
+SHORT = "from fdbroker.ipc.server.tuning import Tuning"
+IMPATIENT = ", tuning=Tuning(handshake=300_000_000)"
 
 
 def is_over(sock: socket.socket) -> bool:
@@ -26,7 +24,7 @@ def is_over(sock: socket.socket) -> bool:
 
 
 def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(tmp_path):
-    with broker_with(tmp_path, SHORT) as (client, server):
+    with broker_with(tmp_path, SHORT, IMPATIENT) as (client, server):
         before = client._pool.idle[0]
         silent = [unix.connect(client.address) for _ in range(3)]
         assert all(map(is_over, silent))
@@ -44,7 +42,7 @@ def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(tmp_path):
 
 
 def test_one_that_leaves_before_is_not_spoken_of(tmp_path):
-    with broker_with(tmp_path, SHORT) as (client, _):
+    with broker_with(tmp_path, SHORT, IMPATIENT) as (client, _):
         unix.connect(client.address).close()
         silent = unix.connect(client.address)
         assert is_over(silent)
@@ -65,7 +63,10 @@ def stay_deaf(address: str) -> None:
 
 
 def test_who_does_not_read_is_shown_out_and_the_next_one_has_its_turn(tmp_path):
-    with broker_with(tmp_path, SHORT) as (client, _), (tmp_path / "data").open("wb") as file:
+    with (
+        broker_with(tmp_path, SHORT, IMPATIENT) as (client, _),
+        (tmp_path / "data").open("wb") as file,
+    ):
         client.put("data", file)
         wait = start_fork(lambda: stay_deaf(client.address))
         wait_until(lambda: [loan.id.split(".")[1] for loan in client.loans()] == ["3"])

@@ -333,11 +333,10 @@ def test_a_mistake_of_the_brokers_own_costs_one_session(temp):
     with Puppet(stderr=subprocess.PIPE) as server, Puppet() as borrower:
         server.begin(f"""
             from fdbroker.daemon.serve import serve
-            from fdbroker.ipc.protocol import messages
-            from fdbroker.ipc.server import handlers
+            from fdbroker.ipc.server.handlers import Handlers
             def stats(*_):
                 raise ValueError("planted")
-            handlers.HANDLERS[messages.STATS] = stats
+            Handlers._count = stats
             serve({address!r})
         """)
         wait_until(lambda: is_served(address))

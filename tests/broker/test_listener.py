@@ -15,7 +15,7 @@ from support import in_fork
 
 from fdbroker.errors import AlreadyServing, BadAddress
 from fdbroker.ipc.transport.address import PATH_BYTES
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
 
 from .puppet import is_served
 

@@ -26,7 +26,7 @@ from fdbroker.ipc.protocol import messages
 from fdbroker.ipc.server import acceptor, event_loop
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.transport import unix
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.lender import Lender
 from fdbroker.lender.ledger import Ledger
 from fdbroker.lender.model import LIVE

@@ -19,9 +19,10 @@ from typing import Any
 from fdbroker import cli
 from fdbroker.cli import options, serve  # noqa: F401
 from fdbroker.daemon import log  # noqa: F401
-from fdbroker.ipc.server import acceptor
+from fdbroker.daemon.serve import serve as daemon_serve
+from fdbroker.ipc.server.event_loop import SECOND
+from fdbroker.ipc.server.tuning import Tuning
 from fdbroker.ipc.transport import unix
-from fdbroker.lender.model import SECOND
 
 from .target import become, unshare
 
@@ -33,9 +34,9 @@ def main(how: dict[str, Any], arguments: list[str]) -> int:
     if how["passes_rights"]:  # a kernel before 6.16
         unix.refuse_descriptors = lambda sock: False
     if how["patience"]:
-        acceptor.HELLO_TIME = int(how["patience"] * SECOND)
-    if not how["rests"]:
-        acceptor.REST = 0
+        tuning = Tuning(handshake=int(how["patience"] * SECOND))
+        assert daemon_serve.__kwdefaults__ is not None
+        daemon_serve.__kwdefaults__["tuning"] = tuning
     if how["pid_namespace"]:
         unshare(CLONE_NEWPID)
         if pid := os.fork():

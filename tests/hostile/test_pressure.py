@@ -32,9 +32,7 @@ from support import (
 )
 
 import fdbroker
-from fdbroker.ipc.server.acceptor import OFFENCES, REST
-from fdbroker.ipc.transport.listener import BACKLOG
-from fdbroker.lender.model import SECOND
+from fdbroker.ipc.transport.unix_listener import BACKLOG
 
 from .target import ALICE, ANSWERS, BOB, CAROL, KEEPER, SLOWEST, Target, become, meanwhile
 
@@ -232,7 +230,7 @@ def test_too_many_in_flight_for_an_unprivileged_broker() -> None:
 @pytest.mark.parametrize("offence", ["no message", "no hello", "silence"])
 def test_a_queue_full_of_offenders(offence: str) -> None:
     """Who comes after them is let in all the same, and soon."""
-    with Target(rests=True) as target, target.unharmed():
+    with Target() as target, target.unharmed():
 
         def flood(test: socket.socket) -> None:
             become(ALICE)
@@ -360,23 +358,3 @@ def test_who_is_stopped(target: Target) -> None:
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
-
-
-def test_who_breaks_the_rules_again_and_again_is_let_in_only_so_often() -> None:
-    """So what that costs leaves most of the time to the others."""
-    tries = 75 * OFFENCES
-
-    def play(test: socket.socket) -> None:
-        become(ALICE)
-        test.recv(100)
-        begun = time.monotonic()
-        for _ in range(tries):
-            with Raw(target.address, hello=False) as raw:
-                raw.send_bytes(b"\x94\0")  # half a hello
-                raw.is_refused(PROTOCOL_ERROR)
-        test.send(b"%f" % (time.monotonic() - begun))
-
-    with Target(rests=True) as target, target.unharmed(), meanwhile(play) as control:
-        control.send(b"begin")
-        seconds = float(control.recv(100))
-    assert seconds > (tries // OFFENCES - 1) * REST / SECOND

@@ -24,7 +24,8 @@ from fdbroker.ipc.client.client import forget_client_at
 from fdbroker.ipc.client.pool import cut_off
 from fdbroker.ipc.protocol.messages import HEAD, template
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
+from fdbroker.ipc.transport.unix_port import Watched
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.accounting import Charge
 from fdbroker.lender.rules import Rule
@@ -148,12 +149,11 @@ def serve(address: str, control: socket.socket) -> None:
     listener = Listener(address)
     os.chmod(address, 0o777)
     server = Server(listener, lender)
-    charges: dict[int, Charge] = {}
 
-    def told(about: None, events: int) -> None:
+    def told(events: int) -> None:
         data = control.recv(100_000)
         if not data:
-            server.unwatch(control.fileno())
+            server.loop.unwatch(watched)
             server.drain(0)
             return
         rules = pickle.loads(data)
@@ -167,16 +167,16 @@ def serve(address: str, control: socket.socket) -> None:
             return
         if isinstance(rules, dict):
             for uid, by in rules.items():
-                if uid not in charges:
-                    account = lender.accounting.account(uid)
-                    charges[uid] = lender.accounting.charge(account, "closes", 0)
-                charges[uid].set(charges[uid].count + by * 1025)
+                account = lender.accounting.account(uid)
+                stuck.append(lender.accounting.charge(account, "closes", by * 1025))
             control.send(data)
             return
         server.set_rules(rules)
         control.send(pickle.dumps(len(rules)))
 
-    server.watch(control.fileno(), told)
+    stuck: list[Charge] = []
+    watched = Watched(control.fileno())
+    server.loop.watch(watched, told)
     control.send(pickle.dumps(os.getpid()))
     try:
         server.run()

@@ -16,7 +16,7 @@ import fdbroker
 from fdbroker.errors import NoBroker, UnsupportedKind
 from fdbroker.ipc.server.custody import Custody
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.model import IDLE, LENT, LIVE, RETIRING
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -23,30 +22,24 @@ from fdbroker.ipc.protocol.messages import (
     BORROW,
     GRANT,
     HEAD,
-    KNOWN,
-    KNOWN_BYTES,
-    KNOWN_REQUESTS,
     LOANS,
     NAME_BYTES,
     REPLY_BYTES,
     RETURN,
-    decode_request,
     encode,
     encode_error,
     encode_grant,
-    remember,
     template,
 )
+from fdbroker.ipc.server.request_cache import REQUEST_BYTES, REQUESTS, RequestCache
 from fdbroker.lender import LoanRequest
 from fdbroker.lender.lender import REASON_CHARS
 from fdbroker.lender.wait_queue import HOLDERS_NAMED
 
 
-@pytest.fixture(autouse=True)
-def nothing_known() -> Iterator[None]:
-    KNOWN.clear()
-    yield
-    KNOWN.clear()
+@pytest.fixture
+def cache() -> RequestCache:
+    return RequestCache()
 
 
 def request(seq: int, verb: int, *fields: object) -> bytes:
@@ -66,30 +59,30 @@ def test_a_grant_is_a_plain_msgpack_array() -> None:
     assert msgpack.unpackb(data) == [0, 2**40, 300, 253, 2**60]
 
 
-def learn(data: bytes) -> tuple[int, int, Any]:
-    """What a broker does with a request that it has not seen before."""
-    verb, seq, fields = decode_request(data)
-    remember(KNOWN, data, verb, fields)
+def learn(cache: RequestCache, data: bytes) -> tuple[int, int, Any]:
+    """Decode and remember a request, as a broker does with one that it does not know."""
+    verb, seq, fields = cache.decode(data)
+    cache.remember(data, verb, fields)
     return verb, seq, fields
 
 
-def test_what_was_seen_before_is_decoded_once() -> None:
-    verb, seq, wish = learn(request(5, BORROW, "web", 1, 2.5, "why"))
+def test_what_was_seen_before_is_decoded_once(cache: RequestCache) -> None:
+    verb, seq, wish = learn(cache, request(5, BORROW, "web", 1, 2.5, "why"))
     assert (verb, seq) == (BORROW, 5)
     assert isinstance(wish, LoanRequest)
     assert (wish.names, wish.exclusive, wish.timeout) == (("web",), True, 2_500_000_000)
-    ((key, known),) = KNOWN.items()
+    ((key, known),) = cache.known.items()
     again = request(2**40, BORROW, "web", 1, 2.5, "why")
     assert again[:3] + again[HEAD.size :] == key
     assert known == (BORROW, wish)
 
 
-def test_other_encodings_of_the_same_request_are_welcome() -> None:
+def test_other_encodings_of_the_same_request_are_welcome(cache: RequestCache) -> None:
     for seq in (5, 200, 70_000, 2**40):
         packed = msgpack.packb([BORROW, seq, "web", 0, None, ""])
-        verb, found, wish = learn(packed)
+        verb, found, wish = learn(cache, packed)
         assert (verb, found, wish.names) == (BORROW, seq, ("web",))
-    for key, (verb, wish) in KNOWN.items():  # only what has the seq in nine bytes
+    for key, (verb, wish) in cache.known.items():  # only what has the seq in nine bytes
         rebuilt = key[:3] + (77).to_bytes(8, "big") + key[3:]
         assert msgpack.unpackb(rebuilt) == [verb, 77, *wish.names, 0, None, ""]
 
@@ -107,27 +100,27 @@ def test_other_encodings_of_the_same_request_are_welcome() -> None:
         lambda data: data[:2] + b"\xcb" + data[3:],  # a float
     ],
 )
-def test_what_only_looks_like_a_known_request_is_checked(change) -> None:
+def test_what_only_looks_like_a_known_request_is_checked(cache: RequestCache, change: Any) -> None:
     good = request(5, BORROW, "web", 0, None, "")
-    learn(good)
+    learn(cache, good)
     with pytest.raises(ProtocolError):
-        learn(change(good))
-    assert len(KNOWN) == 1
+        learn(cache, change(good))
+    assert len(cache.known) == 1
 
 
-def test_what_is_known_is_bounded() -> None:
-    for number in range(3 * KNOWN_REQUESTS):
-        learn(request(1, BORROW, f"name-{number}", 0, None, ""))
-        assert len(KNOWN) <= KNOWN_REQUESTS
-    KNOWN.clear()
-    learn(request(1, BORROW, ["n" * 250] * 10, 0, None, ""))
-    assert not KNOWN
-    learn(request(1, BORROW, "n" * 100, 0, None, "p" * 128))
-    assert all(len(key) <= KNOWN_BYTES for key in KNOWN)
-    assert KNOWN
+def test_what_is_known_is_bounded(cache: RequestCache) -> None:
+    for number in range(3 * REQUESTS):
+        learn(cache, request(1, BORROW, f"name-{number}", 0, None, ""))
+        assert len(cache.known) <= REQUESTS
+    cache.known.clear()
+    learn(cache, request(1, BORROW, ["n" * 250] * 10, 0, None, ""))
+    assert not cache.known
+    learn(cache, request(1, BORROW, "n" * 100, 0, None, "p" * 128))
+    assert all(len(key) <= REQUEST_BYTES for key in cache.known)
+    assert cache.known
 
 
-def test_nothing_wrong_becomes_known() -> None:
+def test_nothing_wrong_becomes_known(cache: RequestCache) -> None:
     for fields in (
         ("web", 4, None, ""),
         ("web", 0, -1, ""),
@@ -136,8 +129,8 @@ def test_nothing_wrong_becomes_known() -> None:
         ("ü" * 128, 0, None, ""),
     ):
         with pytest.raises(ProtocolError):
-            learn(request(1, BORROW, *fields))
-    assert not KNOWN
+            learn(cache, request(1, BORROW, *fields))
+    assert not cache.known
 
 
 def test_every_answer_fits_what_a_client_receives() -> None:

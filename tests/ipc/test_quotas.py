@@ -40,9 +40,10 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import QuotaExceeded
-from fdbroker.ipc.server.acceptor import OFFENCES
+from fdbroker.ipc.server.event_loop import EventLoop
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport.listener import Listener
+from fdbroker.ipc.transport.unix_listener import Listener
+from fdbroker.ipc.transport.unix_port import Watched
 from fdbroker.lender.accounting import DEFAULT, RESOURCES
 from fdbroker.lender.rules import VERBS
 
@@ -361,10 +362,10 @@ def test_who_has_only_entries_is_held_to_the_new_rules_too(ruled: Ruled) -> None
     assert is_free(ruled, ALICE)
 
 
-def test_offences_leave_the_broker_idle_and_open(ruled: Ruled) -> None:
-    """After each number of them: it neither spins nor stays shut."""
+def test_broker_after_protocol_faults_is_idle_and_open(ruled: Ruled) -> None:
+    """After any number of them it neither spins nor refuses others."""
     ruled.set_rules(all_allowed(), all_allowed(BOB))
-    for number in (1, 2, 3, OFFENCES, OFFENCES + 1, 3 * OFFENCES):
+    for number in (1, 2, 12):
         crowd = [session_as(ruled.address, ALICE) for _ in range(number)]
         for raw in crowd:
             raw.send_bytes(b"junk")
@@ -430,7 +431,8 @@ def lasting() -> None:
 
     def drain(server: Server, *_: object) -> None:
         reader, writer = os.pipe()
-        server.watch(reader, lambda about, events: (server.unwatch(reader), server.drain(30)))
+        told = Watched(reader)
+        server.loop.watch(told, lambda events: (server.loop.unwatch(told), server.drain(30)))
         signal.signal(signal.SIGUSR1, lambda *_: os.write(writer, b"x"))
         run(server)
 
@@ -442,7 +444,7 @@ def test_a_drain_that_leaves_newcomers_to_the_next_broker_stays_shut() -> None:
     with Ruled(plant=lasting) as ruled:
         ruled.put("a")
         ruled.set_rules(all_allowed())
-        crowd = [session_as(ruled.address, ALICE) for _ in range(OFFENCES + 1)]
+        crowd = [session_as(ruled.address, ALICE) for _ in range(5)]
         os.close(crowd[0].borrow(1, "a"))
         ruled.client.entries()  # with a session that it will ask again
         os.kill(ruled.pid, signal.SIGUSR1)
@@ -462,16 +464,16 @@ def no_watches() -> None:
     """In the broker: after SIGUSR1 epoll watches nothing more, as at max_user_watches (epoll(7)),
     which would take 10 GB to reach; after the next one it does again."""
 
-    def watch_if_there_is_one(server: Server, *arguments: Any) -> None:
+    def watch_if_there_is_one(loop: EventLoop, *arguments: Any) -> None:
         if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        watch(server, *arguments)
+        watch(loop, *arguments)
 
     def toggle(*_: object) -> None:
         full.pop() if full else full.append(True)
 
     full: list[bool] = []
-    watch, Server.watch = Server.watch, watch_if_there_is_one  # type: ignore[method-assign]
+    watch, EventLoop.watch = EventLoop.watch, watch_if_there_is_one  # type: ignore[method-assign]
     signal.signal(signal.SIGUSR1, toggle)
 
 

@@ -62,7 +62,7 @@ def test_a_new_entry_lives_and_nobody_has_it() -> None:
         generation=5,
         fd=fd,
         sysfd=0,
-        ancillary=None,
+        parcel=None,
         target="",
         state=model.LIVE,
         kind=0,

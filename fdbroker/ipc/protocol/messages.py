@@ -20,7 +20,6 @@ a third of the time.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 
 import msgpack
 
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from fdbroker.lender.model import LoanRequest
-
-    Known = OrderedDict[bytes, tuple[int, Any]]
 
 VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
@@ -59,8 +55,6 @@ REPLACE, EPHEMERAL, NAMELESS = 1, 2, 4  # flags of PUT
 
 HEAD = struct.Struct(">3sQ")  # of a request: array of so many, verb, "uint 64 follows"; the seq
 UINT64 = 0xCF  # msgpack's
-KNOWN_REQUESTS = 1024  # that a broker remembers, each of at most so many bytes:
-KNOWN_BYTES = 256
 UINT16 = 0xCD
 GRANT = struct.Struct(">3sQ7sQ")  # the reply to BORROW and MORE, in msgpack's widest forms:
 GRANTED = b"\x95\x00\xcf"  # an array of five: 0, the seq, ...
@@ -89,29 +83,6 @@ class Verb(NamedTuple):
     fields: tuple[Field, ...]
     takes_descriptor: bool = False
     one_way: bool = False
-    becomes: Callable[[list[Any]], Any] = tuple
-
-
-def _nanoseconds(timeout: float | None) -> int | None:
-    return None if timeout is None else int(timeout * 1_000_000_000)
-
-
-def _retire(fields: list[Any]) -> tuple[str | bytes, bool, int | None]:
-    name, wait, timeout = fields
-    return name, wait, _nanoseconds(timeout)
-
-
-def _loan_request(fields: list[Any]) -> LoanRequest:
-    from fdbroker.lender.model import LoanRequest  # the broker's alone
-
-    names, flags, timeout, purpose = fields
-    return LoanRequest(
-        tuple(names) if type(names) is list else (names,),
-        flags & EXCLUSIVE != 0,
-        flags & READONLY != 0,
-        _nanoseconds(timeout),
-        purpose,
-    )
 
 
 HELLO, BORROW, MORE, RETURN, CANCEL, PUT, RETIRE, ENTRIES, LOANS, STATS, USAGE = range(11)
@@ -123,7 +94,6 @@ VERBS: dict[int, Verb] = {
         "borrow",
         "borrow",
         (_NAMES, Field("flags", (int,), 3), _TIMEOUT, Field("purpose", (str,), PURPOSE_BYTES)),
-        becomes=_loan_request,
     ),
     MORE: Verb("more", "borrow", (Field("offset", (int,), NAMES),)),
     RETURN: Verb("return", "", (), one_way=True),
@@ -134,7 +104,7 @@ VERBS: dict[int, Verb] = {
         (Field("name", (str,), NAME_BYTES), Field("flags", (int,), 7)),
         takes_descriptor=True,
     ),
-    RETIRE: Verb("retire", "retire", (_NAME, Field("wait", (bool,), 1), _TIMEOUT), becomes=_retire),
+    RETIRE: Verb("retire", "retire", (_NAME, Field("wait", (bool,), 1), _TIMEOUT)),
     ENTRIES: Verb("entries", "list", (Field("cursor", (int,), CURSOR),)),
     LOANS: Verb(
         "loans",
@@ -248,36 +218,17 @@ def _decode(data: bytes, side: str) -> list[Any]:
     return message
 
 
-KNOWN: Known = OrderedDict()
-"""Requests that were decoded before, by their bytes without the seq: (verb, fields).  Of those who
-may do everything: what the others said is remembered apart (admission.py)."""
-
-SPLIT: dict[int, Callable[[bytes | bytearray], tuple[bytes, int, bytes]]] = {}
-"""What takes apart a request, by how many bytes it has, if any that is known has so many: its head,
-its seq, its tail."""
-
-
-def decode_request(data: bytes) -> tuple[int, int, Any]:
+def decode_request(data: bytes) -> tuple[int, int, tuple[Any, ...]]:
     """(verb, seq, fields) of a request that fits the table, else `ProtocolError`.
 
-    The fields are a tuple, or what the verb makes of them (`Verb.becomes`); nobody may change
-    them, since they may be given to the next such request (`remember`).
+    The fields are a tuple of what the message has, each of the type and within the limit of the
+    table.
     """
     message = _decode(data, "client")
     return message[0], message[1], _check(message[0], message[2:])
 
 
-def remember(known: Known, data: bytes, verb: int, fields: Any) -> None:
-    """Enter a request that was decoded into `known`, which is `KNOWN` or like it."""
-    if data[1:3] == bytes((verb, UINT64)) and len(data) <= KNOWN_BYTES:
-        if len(known) >= KNOWN_REQUESTS:
-            known.popitem(last=False)  # the oldest; all at once would take long
-        known[data[:3] + data[HEAD.size :]] = verb, fields
-        if len(data) not in SPLIT:
-            SPLIT[len(data)] = struct.Struct(f"{HEAD.format}{len(data) - HEAD.size}s").unpack_from
-
-
-def _check(code: int, fields: list[Any]) -> Any:
+def _check(code: int, fields: list[Any]) -> tuple[Any, ...]:
     """The fields as the verb wants them, each looked at."""
     verb = VERBS.get(code)
     if verb is None:
@@ -300,7 +251,7 @@ def _check(code: int, fields: list[Any]) -> Any:
             raise ProtocolError("client", f"{name} is not within {least} to {limit}")
         if name == "names":
             _check_names(value if kind is list else [value])
-    return verb.becomes(fields)
+    return tuple(fields)
 
 
 def _check_names(names: list[Any]) -> None:

@@ -6,14 +6,12 @@ custody, answer; and at an end: loans cleared, custody told, slot freed.  This o
 
 from __future__ import annotations
 
-import socket
-
 
 class Custody:
     """Is told of everything that a successor would need beside the ledger."""
 
-    def keep_session(self, slot: int, sock: socket.socket) -> None:
-        """A session has begun; `sock` stays the caller's."""
+    def keep_session(self, slot: int, number: int) -> None:
+        """A session has begun; the `number` of its channel stays the caller's."""
 
     def keep_entry(self, slot: int, sysfd: int) -> None:
         """An entry is there; `sysfd` stays the caller's."""

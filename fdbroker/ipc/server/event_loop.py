@@ -1,142 +1,176 @@
-"""The loop: one thread, one epoll, and a table of what to do when a descriptor is readable.
+"""The event loop: one thread that calls handlers, timers, and what other threads post.
 
-It knows the time, and when to end: a drain has begun, and nothing is on loan or being closed, or
-its deadline has come.  What an event decided for others is worked off before the next one.
+It knows sources, callbacks and times, and nothing of what they are for.  Between two waits at the
+port it calls the handler of each source that has an event, then what was posted by other threads,
+then the timers that are due, then what was left with `call_soon`.  After each of these calls it
+calls `settle`, so that what one event decided for others is worked off before the next event.
+
+An exception in a handler is a mistake of ours.  It is logged and ends nothing, since it must not
+cost every loan of every client.
 """
 
 from __future__ import annotations
 
 import logging
-import select
-from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
-from time import CLOCK_BOOTTIME, clock_gettime_ns
-from typing import TYPE_CHECKING, Any
-
-from fdbroker.ipc.server.worker_pool import Workers
-from fdbroker.lender.model import SECOND
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fdbroker.lender import Lender
+    from fdbroker.ipc.transport import Port, Source
 
-READABLE = int(select.EPOLLIN)
-LIFETIME = 10**10  # seconds
-LONGEST_SLEEP = 86_400.0  # seconds; epoll_wait(2) counts milliseconds in an int
-EVENTS = 32  # taken from epoll at a time: so many that their list is a small allocation.  And if
-MOST_EVENTS = 1024  # there are more, twice as many: who asks seldom is not to be behind them all
+SECOND = 1_000_000_000
+# epoll_wait(2) counts milliseconds in an int.
+LONGEST_WAIT = 86_400.0
+# Cancelled timers stay in the heap until they are this many more than the others.
+SPARE_TIMERS = 64
 
-Action = Callable[[Any, int], None]  # what it is about, the events of epoll
+Callback = Callable[[], object]
 
 log = logging.getLogger("fdbroker")
 
 
-class Loop(ABC):
-    """Acts on events until drained.  `now` is when those at hand were taken, as in the ledger."""
+class Timer:
+    """A callback that `EventLoop.call_at` calls once, unless it is cancelled before."""
 
-    def __init__(self, lender: Lender) -> None:
-        self.lender = lender
-        self.workers = Workers()
-        self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-        self.draining = False
-        self._deadline: int | None = None  # of the drain
-        self.alarm = 0  # when `ring` is to be called; 0: never
-        self._watched: dict[int, tuple[Action, Any]] = {}
-        self._epoll = select.epoll()
+    __slots__ = ("_callback", "_loop", "when")
 
-    def watch(self, number: int, action: Action, about: Any = None) -> None:
-        """Call ``action(about, events)`` whenever `number`, the caller's, is readable."""
-        self._epoll.register(number, READABLE)
-        self._watched[number] = action, about
+    def __init__(self, loop: EventLoop, when: int, callback: Callback) -> None:
+        self._loop = loop
+        self._callback: Callback | None = callback
+        self.when = when
 
-    def unwatch(self, number: int) -> None:
-        """The opposite."""
-        if self._watched.pop(number, None) is not None:
-            self._epoll.unregister(number)
+    @property
+    def pending(self) -> bool:
+        """Whether it will still be called."""
+        return self._callback is not None
 
-    def rewatch(self, number: int, events: int, action: Action, about: Any) -> None:
-        """Wait for other events of `number`, and call another action; if it is watched at all."""
-        if number in self._watched:
-            self._watched[number] = action, about
-            self._epoll.modify(number, events)
+    def cancel(self) -> None:
+        """Have it never called.  A second time, or after the call, it does nothing."""
+        if self._callback is not None:
+            self._callback = None
+            self._loop.note_cancelled()
+
+    def take(self) -> Callback | None:
+        """The callback, which is the caller's to call; None if it was cancelled."""
+        callback, self._callback = self._callback, None
+        return callback
+
+
+class EventLoop:
+    """Calls back until it is stopped.  `now` is when the events at hand were taken."""
+
+    def __init__(self, port: Port, now_ns: Callable[[], int], settle: Callback) -> None:
+        self.port = port
+        self.now = now_ns()
+        self._now_ns = now_ns
+        self._settle = settle
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._cancelled = 0
+        self._order = count()
+        self._soon: deque[Callback] = deque()
+        self._posted: deque[Callback] = deque()
+        self._stopped = False
+        port.waker.handler = self._run_posted
+
+    # --- what to call, and when ---
+
+    def watch(self, source: Source, handler: Callable[[int], None]) -> None:
+        """Call ``handler(events)`` whenever something happens to `source`, which stays open until
+        `unwatch`.  OSError: the port cannot watch one more."""
+        self.port.listen(source)
+        source.handler = handler
+
+    def unwatch(self, source: Source) -> None:
+        """Call the handler of `source` no more, not even for events that are at hand."""
+        self.port.drop(source)
+
+    def call_at(self, when: int, callback: Callback) -> Timer:
+        """Call `callback` once at `when`, in the loop's nanoseconds, or as soon after as may be."""
+        timer = Timer(self, when, callback)
+        heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    def call_soon(self, callback: Callback) -> None:
+        """Call `callback` once, after the events at hand and before the loop waits for others."""
+        self._soon.append(callback)
+
+    def post(self, callback: Callback) -> None:
+        """Call `callback` once on the loop, and wake it.  For any thread."""
+        self._posted.append(callback)
+        self.port.wake()
+
+    # --- running ---
 
     def run(self) -> None:
-        """Serve until drained."""
-        lender, watched, poll, most = self.lender, self._watched, self._epoll.poll, EVENTS
-        while not self.draining or not self._finished():
-            timed = lender.deadlines or self.draining or self.alarm
-            patience = self._patience() if timed else None
-            happened = poll(patience, most)
-            self.now = clock_gettime_ns(CLOCK_BOOTTIME)
-            if len(happened) > 1:
-                if len(happened) == most:
-                    most = min(2 * most, MOST_EVENTS)
-                elif len(happened) < most // 4:
-                    most = EVENTS
-                happened = self.in_turn(happened)
-            for number, events in happened:
+        """Serve until `stop`."""
+        wait, settle, now_ns = self.port.wait, self._settle, self._now_ns
+        while not self._stopped:
+            happened = wait(self._seconds_to_wait() if self._timers or self._soon else None)
+            self.now = now_ns()
+            for source, events in happened:
                 try:
-                    action, about = watched[number]
-                except KeyError:  # it ended with an event before this one
-                    continue
-                try:
-                    action(about, events)
-                except Exception:  # a mistake of ours must not end every loan of everybody
-                    log.exception("event=error number=%d", number)
-                if lender.notifications or lender.pending_closes:
-                    self.settle()
-            if patience is not None:
-                self._keep_time()
+                    source.handler(events)
+                    settle()
+                except Exception:
+                    log.exception("event=error")
+            if self._timers:
+                self._run_timers()
+            if self._soon:
+                self._run_soon()
 
-    def _keep_time(self) -> None:
-        """Do what was to be done by now."""
-        if self.lender.deadlines:
-            self.lender.expire(self.now)
-            self.settle()
-        if self.alarm and self.now >= self.alarm:
-            self.alarm = 0
-            try:
-                self.ring()
-            except Exception:
-                log.exception("event=error alarm")
-            self.settle()
+    def stop(self) -> None:
+        """Have `run` return once the events at hand are handled."""
+        self._stopped = True
 
-    def drain(self, seconds: float | None) -> None:
-        """Lend nothing new, retire every entry; `run` ends when the last loan is back and closed,
-        or after that many seconds.  None, and more than a lifetime: however long it takes.  The
-        earliest deadline holds."""
-        if seconds is not None and seconds < LIFETIME:
-            deadline = self.now + int(seconds * SECOND)
-            self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
-        if self.draining:
-            return
-        self.draining = True
-        log.info("event=drain loans=%d entries=%d", self.lender.loans, len(self.lender.entries))
-        for entry in [*self.lender.names.values(), *self.lender.tickets.values()]:
-            self.lender.start_retiring(entry, self.now)
-        self.settle()
+    def call(self, callback: Callback) -> None:
+        """Call `callback` as an event: its exception is logged, and `settle` is called after it."""
+        try:
+            callback()
+            self._settle()
+        except Exception:
+            log.exception("event=error")
 
-    def _finished(self) -> bool:
-        """Whether a drain is over."""
-        done = not self.lender.entries and not self.workers.awaited
-        return done or (self._deadline is not None and self.now >= self._deadline)
-
-    def _patience(self) -> float | None:
-        """Seconds until the loop has something to do by itself."""
-        times = [self._deadline, self.alarm or None, self.lender.next_deadline()]
-        first = min((time for time in times if time is not None), default=None)
-        if first is None:
+    def _seconds_to_wait(self) -> float | None:
+        if self._soon:
+            return 0.0
+        timers = self._timers
+        while timers and not timers[0][2].pending:
+            heappop(timers)
+            self._cancelled -= 1
+        if not timers:
             return None
-        left = first - clock_gettime_ns(CLOCK_BOOTTIME)
-        return min(left / SECOND + 0.001, LONGEST_SLEEP) if left > 0 else 0.0
+        left = timers[0][0] - self._now_ns()
+        # A millisecond more, since epoll rounds down.
+        return min(left / SECOND + 0.001, LONGEST_WAIT) if left > 0 else 0.0
 
-    @abstractmethod
-    def in_turn(self, happened: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """What of this to act upon now, and in which order; the rest will happen again."""
+    def _run_timers(self) -> None:
+        """Call the timers that are due.  One that a timer sets for now is called the next time."""
+        due = []
+        while self._timers and self._timers[0][0] <= self.now:
+            due.append(heappop(self._timers)[2])
+        for timer in due:
+            callback = timer.take()
+            if callback is None:
+                self._cancelled -= 1
+            else:
+                self.call(callback)
 
-    @abstractmethod
-    def ring(self) -> None:
-        """The alarm has come."""
+    def _run_soon(self) -> None:
+        for _ in range(len(self._soon)):
+            self.call(self._soon.popleft())
 
-    @abstractmethod
-    def settle(self) -> None:
-        """Tell others what was decided for them, and have closed what is to be closed."""
+    def _run_posted(self, events: int) -> None:
+        self.port.clear_wake()
+        for _ in range(len(self._posted)):
+            self.call(self._posted.popleft())
+
+    def note_cancelled(self) -> None:
+        """A timer was cancelled: throw such ones out of the heap when they are most of it."""
+        self._cancelled += 1
+        if self._cancelled > SPARE_TIMERS and self._cancelled > len(self._timers) // 2:
+            self._timers = [entry for entry in self._timers if entry[2].pending]
+            heapify(self._timers)
+            self._cancelled = 0

@@ -1,374 +1,338 @@
-"""The broker: it serves all sessions in one thread.
+"""The broker's server: it composes the parts of this folder, and is the only one that knows all.
 
-Every session is one socket in the loop's epoll.  A readable one is served with one receive: one
-message, decoded, checked, handled (verbs.py), answered.  What others are to be told because of it
-follows at once (`settle`).  What can take long is done by workers, and finished here.
+    event_loop     calls handlers, timers, and what workers post
+    acceptor       accepts connections while there are descriptors for them
+    receiver       receives the next message: now, in the user's turn, or in a worker
+    dispatcher     decodes the message and finds its handler
+    handlers       one method for each verb, over the lender
+    delivery       answers, and what becomes of a grant that cannot be sent yet; with the sender
+    sessions       all connections and their sessions
+    disconnector   from the end of a session until its socket is closed
+    fair_queue     the turns of the users that are held to a quota; with the scheduler
+    worker_pool    threads for system calls that can take seconds; their jobs are in jobs
+    policy         the rules, as they hold for each peer
 
-It trusts nobody.  It never waits for a client (answers.py), and takes up one request of each uid
-at a time.  It never polls a descriptor that it lends.  A fault of a client ends that client's
-session.
+A part knows the parts that it was given, and never the server: it returns a result, or calls a
+callback.  The server trusts nobody, never waits for a client, and never polls a descriptor that it
+lends.  A fault of a client ends that client's session.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from fdbroker.descriptors import LISTENERS
-from fdbroker.errors import (
-    BrokerClosing,
-    EntryRetired,
-    FDBrokerError,
-    NotPermitted,
-    ProtocolError,
-    QuotaExceeded,
-    UnknownEntry,
-    UnknownTicket,
-    VersionMismatch,
-)
-from fdbroker.ipc.protocol.messages import (
-    BORROW,
-    CANCEL,
-    HELLO,
-    PUT,
-    RETURN,
-    SPLIT,
-    VERBS,
-    VERSION,
-    decode_request,
-    encode,
-    encode_error,
-    remember,
-)
-from fdbroker.ipc.server.connection import (
-    ENDED,
-    GREETING,
-    LADEN,
-    MESSAGE,
-    READY,
-    WORKING,
-    Connection,
-    NoRoom,
-)
+from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError
+from fdbroker.ipc.protocol.messages import encode, encode_error
+from fdbroker.ipc.server.acceptor import Acceptor
+from fdbroker.ipc.server.connection import ENDED, ServerConnection
 from fdbroker.ipc.server.custody import Custody
-from fdbroker.ipc.server.handlers import HANDLERS
-from fdbroker.ipc.server.jobs import Close, Discard
-from fdbroker.ipc.server.policy import Admission, check_right_somewhere, log_refusal
-from fdbroker.ipc.server.scheduler import Turns
-from fdbroker.ipc.server.shares import LONG
-from fdbroker.ipc.transport import unix
-from fdbroker.ipc.transport.rlimit import descriptors_in_use
+from fdbroker.ipc.server.delivery import Delivery
+from fdbroker.ipc.server.disconnector import Disconnector
+from fdbroker.ipc.server.dispatcher import Dispatcher
+from fdbroker.ipc.server.event_loop import SECOND, EventLoop
+from fdbroker.ipc.server.fair_queue import FairQueue
+from fdbroker.ipc.server.handlers import Handlers
+from fdbroker.ipc.server.jobs import CloseEntry
+from fdbroker.ipc.server.log import log_refusal
+from fdbroker.ipc.server.policy import AccessPolicy
+from fdbroker.ipc.server.receiver import Receiver
+from fdbroker.ipc.server.request_cache import RequestCache
+from fdbroker.ipc.server.scheduler import FairScheduler
+from fdbroker.ipc.server.sender import Sender
+from fdbroker.ipc.server.sessions import Sessions
+from fdbroker.ipc.server.tuning import TUNING, Tuning
+from fdbroker.ipc.server.worker_pool import WorkerPool
+from fdbroker.ipc.transport import Port, descriptors_in_use, limit, now_ns, parcel
 from fdbroker.lender.accounting import DEFAULT, Quota
-from fdbroker.lender.model import FREE, LENT
+from fdbroker.lender.model import LENT, Peer
 
 if TYPE_CHECKING:
-    from fdbroker.ipc.server.jobs import Request
-    from fdbroker.ipc.transport.listener import Listener
+    from fdbroker.ipc.server.event_loop import Timer
+    from fdbroker.ipc.transport import Channel, Listener
     from fdbroker.lender import Lender
-    from fdbroker.lender.model import Entry
-    from fdbroker.lender.rules import Rule
+    from fdbroker.lender.accounting import Account, Charge
+    from fdbroker.lender.model import Entry, Session
+    from fdbroker.lender.rules import Rights, Rule
 
-
-COSTLY = 32  # to receive and close so many descriptors costs as much as an offence
+# The fair queue's user for all who connect and are nobody yet.
+NEWCOMERS = "newcomers"
+# A drain that may take longer has no deadline.
+LIFETIME_SECONDS = 10**10
 
 log = logging.getLogger("fdbroker")
 
 
-class Server(Turns):
-    """Serves the books of `lender` at `listener`, until it has drained."""
+class Server:
+    """Serves the entries of `lender` at `listener`, which this owns, until it has drained."""
 
-    def __init__(self, listener: Listener, lender: Lender, custody: Custody | None = None) -> None:
-        super().__init__(listener, lender)
+    def __init__(
+        self,
+        listener: Listener,
+        lender: Lender,
+        custody: Custody | None = None,
+        *,
+        tuning: Tuning = TUNING,
+    ) -> None:
+        accounting = lender.accounting
+        self.lender = lender
         self.custody = custody or Custody()
-        self._admission = Admission()
-        self._by_slot: dict[int, Connection] = {}  # by session slot
-        self.watch(self.workers.wake, self._finish_jobs)
+        self.draining = False
+        self.loop = loop = EventLoop(Port(), now_ns, self.settle)
+        self.workers = WorkerPool(loop.post, tuning)
+        self._tuning = tuning
+        self._policy = AccessPolicy()
+        self._deadline: Timer | None = None
+        self._queue = queue = FairQueue(loop, FairScheduler())
+        self._sessions = Sessions(loop, lender, self.custody, queue, tuning, end=self.end)
+        connections = self._sessions.connections
+        self._sender = Sender(loop, accounting, connections.keys(), tuning)
+        self._disconnector = Disconnector(loop, self.workers, queue, accounting, tuning)
+        self._delivery = Delivery(
+            *(loop, lender, self._sender, self.workers, queue),
+            end=self.end,
+            rearm=self._rearm,
+        )
+        self._handlers = Handlers(
+            *(loop, lender, self._delivery),
+            keep=self.keep,
+            refresh_usage=self._sender.refresh_unread,
+            stats=self.stats,
+        )
+        self._dispatcher = Dispatcher(
+            *(loop, lender, self._sessions, self._delivery, self._handlers, RequestCache()),
+            end=self.end,
+            rearm=self._rearm,
+        )
+        self._receiver = Receiver(
+            *(loop, accounting, self.workers, queue, self._sessions),
+            *(self._dispatcher, self._delivery),
+            end=self.end,
+            worker_is_done=self._disconnector.worker_is_done,
+        )
+        self._acceptor = Acceptor(
+            *(loop, listener, accounting, tuning),
+            on_connect=self._connect,
+            schedule=partial(queue.submit, NEWCOMERS),
+        )
+
+    @property
+    def now(self) -> int:
+        """When the events at hand were taken, in nanoseconds of the ledger's clock."""
+        return self.loop.now
+
+    # --- its life ---
+
+    def run(self) -> None:
+        """Serve until drained.  Clients may use what is left of the limit of descriptors."""
+        accounting = self.lender.accounting
+        reserved = self._tuning.reserved_fds
+        accounting.own = descriptors_in_use() - accounting.total.descriptors + reserved
+        accounting.descriptors = max(0, limit() - accounting.own)
+        # The kernel counts those in flight by the broker's uid, against the same limit.
+        accounting.capacity["inflight"] = limit()
+        self.settle()
+        self.loop.run()
+
+    def drain(self, seconds: float | None) -> None:
+        """Lend nothing new, retire every entry, and have `run` return when the last loan is back
+        and the last entry closed, or after that many seconds (None: however long it takes).  The
+        earliest deadline holds."""
+        if seconds is not None and seconds < LIFETIME_SECONDS:
+            self.loop.call_at(self.now + int(seconds * SECOND), self.loop.stop)
+        if self.draining:
+            return
+        self.draining = self._dispatcher.draining = self._handlers.draining = True
+        if self._acceptor.listener.lasting:
+            self._acceptor.stop()
+        lender = self.lender
+        log.info("event=drain loans=%d entries=%d", lender.loans, len(lender.entries))
+        for entry in [*lender.names.values(), *lender.tickets.values()]:
+            lender.start_retiring(entry, self.now)
+        self.settle()
 
     def close(self) -> None:
         """End all sessions and stop listening; what is still lent stays valid at the borrowers."""
         if self.lender.loans:
-            log.warning(
-                "event=end loans=%d note=these-stay-with-their-borrowers", self.lender.loans
-            )
-        for connection in list(self._connections.values()):
-            self._hang_up(connection)
-        self._epoll.close()
-        self.workers.close()
-        self.listener.close()
-        for connection in self._hung_up:
-            if not connection.brings_descriptors:  # else a close may wait, as it is for a worker
-                connection.sock.close()
-
-    def set_rules(self, rules: tuple[Rule, ...], quota: Quota = DEFAULT) -> None:
-        """From now on these say who may do what, and have how much, beside root and the broker's
-        own uid.
-
-        They hold for the next request of every session, also of those that are open.  What was
-        granted before stays granted: loans, and waits.
-        """
-        self._admission = Admission(rules, quota)
-        before = {one: one.quota for one in self.lender.accounting.accounts.values() if one.limited}
-        for account in self.lender.accounting.accounts.values():
-            account.clear_limit()
-            self._admission.hold(account)
-        for connection in self._connections.values():
-            self._admission.look_at(connection)
-        for account, quota in before.items():
-            if not account.limited:  # nobody of it is admitted any more: what is granted stays
-                account.set_limit(quota)
-        for connection in self._connections.values():
-            self.listen(connection)
-
-    def keep(self, entry: Entry, where: str) -> None:
-        """It has just come into the books, by a put or from the file: it leads to `where`.
-
-        No request is taken up between the two.
-        """
-        entry.target = where
-        entry.ancillary = unix.rights((entry.sysfd,))
-        self.custody.keep_entry(entry.slot, entry.sysfd)
-        if entry.kind in LISTENERS:
-            self._admission.forget()
-
-    def settle(self) -> None:
-        """Tell others what was decided for them, and have closed what is to be closed."""
-        while self.lender.notifications or self.lender.pending_closes:
-            while self.lender.notifications:
-                session, seq, error = self.lender.notifications.popleft()
-                connection = self._by_slot.get(session.slot)
-                if connection is None or connection.session is not session:
-                    continue
-                if self.is_put_off(connection):
-                    self.tell_later(session, seq, error)
-                    continue
-                try:
-                    self.in_time(connection, self._tell, connection, seq, error)
-                except Exception:
-                    self._blame_us(connection)
-            while self.lender.pending_closes:
-                entry = self.lender.pending_closes.popleft()
-                self.lender.accounting.add(entry.account, "closes", 1)
-                self.lender.accounting.add(entry.account, "closing", 1)
-                self.workers.submit(Close(entry))
-
-    def _tell(self, connection: Connection, seq: int, error: FDBrokerError | None) -> None:
-        if error is None and connection.session.state == LENT:
-            self.hand_over(connection, seq)
-        elif error is None:
-            self.reply(connection, encode([0, seq]))
-        elif self.draining and isinstance(error, EntryRetired):
-            self.reply(connection, encode_error(seq, BrokerClosing()))
-        else:
-            self.reply(connection, encode_error(seq, error))
-
-    def _finish_jobs(self, about: None, events: int) -> None:
-        self.workers.finish(self, LONG)
-
-    # --- sessions ---
-
-    def admit(self, connection: Connection) -> None:
-        """It has come: serve it.  `NotPermitted`, `QuotaExceeded`; OSError: max_user_watches."""
-        self._admission.look_at(connection)
-        self._admission.check_come(connection)
-        self.watch(connection.number, self.serving(connection), connection)
-        self.lender.accounting.add(connection.account, "sessions", 1)
-        self._connections[connection.number] = connection
-
-    def _serve(self, connection: Connection, events: int) -> None:
-        """A session can be received from: take one message and act upon it.
-
-        A request that was seen before, and comes in turn, needs neither decoding nor checks.
-        After a RETURN we look for one more: a busy client's next request is there by then, and to
-        find it so costs less than to ask epoll again.
-        """
-        session, receive, known = connection.session, connection.receive, connection.known
-        lender = self.lender
-        try:
-            while True:
-                try:
-                    size = receive(MESSAGE)
-                    head, seq, tail = SPLIT[size](MESSAGE)
-                    verb, fields = known[head + tail]
-                except KeyError:
-                    self._receive_unusual(connection, size)
-                    return
-                except BlockingIOError:
-                    return
-                except FDBrokerError:  # its uid's descriptors wait to be closed; also an OSError
-                    raise
-                except OSError:  # ECONNRESET: it died with our messages unread
-                    self.end(connection)
-                    return
-                if seq != session.seq + 1 or connection.state != READY:
-                    self._receive_unusual(connection, size)
-                    return
-                if verb == BORROW:  # as its handler does with one who may
-                    if lender.borrow(session, seq, fields, self.now):
-                        self.hand_over(connection, seq)
-                    return
-                if verb != RETURN:
-                    self._handle(connection, verb, seq, fields)
-                    return
-                if lender.return_loan(session, seq, self.now):
-                    return
-        except NoRoom:
-            self.receive_apart(connection)
-        except ProtocolError as error:
-            self._fault(connection, error)
-        except FDBrokerError as error:
-            self._refuse(connection, error)
-        except Exception:
-            self._blame_us(connection)
-
-    def _receive_unusual(self, connection: Connection, size: int) -> None:
-        """The same for what was not said before, comes with descriptors, or out of turn."""
-        try:
-            if not size:
-                self.end(connection)
-                return
-            if connection.state == LADEN:
-                connection.state = READY
-            data = bytes(MESSAGE[:size])
-            verb, seq, fields = decode_request(data)
-            if connection.inbox is not None and not VERBS[verb].takes_descriptor:
-                raise ProtocolError("client", "it sent descriptors that nobody asked for")
-            if connection.state == GREETING:
-                self._greet(connection, verb, seq, fields)
-            elif connection.state == READY and seq == connection.session.seq + 1:
-                self._handle(connection, verb, seq, fields)
-                remember(connection.known, data, verb, fields)  # it was not refused
-            else:
-                self._receive_out_of_turn(connection, verb, seq)
-        finally:
-            if connection.inbox is not None:
-                self._drop_inbox(connection)
-
-    def _handle(self, connection: Connection, verb: int, seq: int, fields: Any) -> None:
-        reply = HANDLERS[verb](self, connection, seq, fields)
-        if reply is not None:
-            self.reply(connection, reply)
-
-    def _receive_out_of_turn(self, connection: Connection, verb: int, seq: int) -> None:
-        """An old message is ignored, the last borrow is answered again, a gap is a fault."""
-        session, job = connection.session, connection.job
-        last = session.seq if job is None else max(session.seq, job.seq)
-        if seq > last + 1:
-            raise ProtocolError("client", f"after seq {last} came {seq}")
-        if seq == last + 1:  # it is WORKING
-            if verb != CANCEL or job is None or job.cancelled:
-                raise ProtocolError("client", "it sent a request before it had the last answer")
-            job.cancelled = seq
-        elif (
-            connection.state == READY
-            and session.state == LENT
-            and seq == session.seq == session.borrow_seq
-        ):
-            connection.repeated = True
-            self.hand_over(connection, seq)
-
-    def _refuse(self, connection: Connection, error: FDBrokerError) -> None:
-        """Its request cannot be granted: the answer says why."""
-        session = connection.session
-        if isinstance(error, NotPermitted | QuotaExceeded):
-            log_refusal(connection, error)
-        if isinstance(error, QuotaExceeded) and error.what == "closes":
-            self._hang_up_with(connection, error)
-            return
-        self.lender.advance(session, session.seq + 1)
-        if self.draining and isinstance(error, UnknownEntry | UnknownTicket):
-            error = BrokerClosing()  # it has retired because of that
-        self.reply(connection, encode_error(session.seq, error))
-
-    def _drop_inbox(self, connection: Connection) -> None:
-        """Close what came with a message and was not taken out by its handler."""
-        inbox, connection.inbox = connection.inbox, None
-        assert inbox is not None
-        if left := inbox.give_away():
-            self.note_offences(connection, len(left) // COSTLY)
-            self.workers.submit(Discard(left, connection.account))
-
-    def _greet(self, connection: Connection, verb: int, seq: int, fields: tuple[int, bool]) -> None:
-        """HELLO: who is it, may it, and does it speak our version?"""
-        if verb != HELLO or seq != 0:
-            raise ProtocolError("client", "a session begins with hello")
-        version, puts = fields
-        try:
-            if puts:
-                check_right_somewhere(connection, PUT)
-            if version != VERSION:
-                raise VersionMismatch(version, VERSION)
-            connection.session = self.lender.open(connection.peer)
-        except FDBrokerError as refusal:
-            log_refusal(connection, refusal)
-            self.reply(connection, encode_error(0, refusal))
-            self.end(connection)
-            return
-        if puts:
-            connection.accept_descriptors()
-        connection.state = READY
-        self.has_come(connection)
-        self._by_slot[connection.session.slot] = connection
-        self.custody.keep_session(connection.session.slot, connection.sock)
-        self.reply(connection, encode([0, 0, VERSION]))
-
-    def _fault(self, connection: Connection, error: ProtocolError) -> None:
-        """The client broke the rules: tell it, as the answer that it waits for, and hang up."""
-        log.warning('event=fault %s reason="%s"', connection, error.reason)
-        self.rest(connection)
-        self._hang_up_with(connection, error)
-
-    def _hang_up_with(self, connection: Connection, error: FDBrokerError) -> None:
-        seq = 0 if connection.state == GREETING else connection.session.seq + 1
-        self.reply(connection, encode_error(seq, error))
-        self.end(connection)
-
-    def _blame_us(self, connection: Connection) -> None:
-        """A mistake of ours costs one session, not every loan of everybody."""
-        log.exception("event=error %s", connection)
-        self.end(connection)
-
-    def end(self, connection: Connection) -> None:
-        """The session is over: hang up, clear its loans, tell custody, free its slot.
-
-        While a worker has its request the last two wait; the request calls this when it is back.
-        """
-        if connection.state != ENDED:  # the second time its number may be another's
-            connection.state = ENDED
-            self.has_come(connection)
-            del self._connections[connection.number]
-            self._hang_up(connection)
-            self._drop_unsent(connection)
-            self._drop_received(connection)
-            self._note_unread(connection, 0)
-            self.forget_turn(connection)
-        if (session := connection.session).state == FREE:
-            return
-        self.lender.clear(session, self.now)
-        if connection.job is None:
-            self.custody.drop_session(session.slot)
-            del self._by_slot[session.slot]
-            self.lender.free(session)
-            self.lender.accounting.drop_idle(session.account)
-
-    def start_job(self, connection: Connection, job: Request) -> None:
-        """Have a worker do the slow part of this connection's request."""
-        connection.state, connection.job = WORKING, job
-        self.workers.submit(job)
-
-    def job_is_back(self, connection: Connection) -> None:
-        """The opposite; the answer is the job's."""
-        connection.job = None
-        if connection.state == WORKING:
-            connection.state = READY
+            note = "these-stay-with-their-borrowers"
+            log.warning("event=end loans=%d note=%s", self.lender.loans, note)
+        for connection in list(self._sessions.connections):
+            self._disconnector.hang_up(connection)
+        workers_ended = self.workers.close()
+        self.loop.port.close(keep_waker=not workers_ended)
+        self._acceptor.listener.close()
+        self._disconnector.close(workers_ended=workers_ended)
 
     def stats(self) -> dict[str, int]:
-        """Counts, for people and for tests."""
+        """Count sessions, entries, loans and more."""
         return {
             "sessions": len(self.lender.sessions),
             "entries": len(self.lender.entries),
             "loans": self.lender.loans,
             "waiting": self.lender.waiting,
-            "jobs": self.workers.pending + self.workers.apart,
-            "connections": len(self._connections),
+            "jobs": self.workers.pending + self.workers.dedicated,
+            "connections": len(self._sessions.connections),
             "descriptors": descriptors_in_use(),
         }
+
+    # --- configuration ---
+
+    def set_rules(self, rules: tuple[Rule, ...], quota: Quota = DEFAULT) -> None:
+        """Have these say from now on who may do what and use how much, beside root and the
+        broker's own uid.
+
+        They hold for the next request of every session.  Loans and waits that were granted stay.
+        """
+        self._policy = policy = AccessPolicy(rules, quota)
+        accounts = list(self.lender.accounting.accounts.values())
+        before = {account: account.quota for account in accounts if account.limited}
+        for account in accounts:
+            account.clear_limit()
+            policy.limit(account)
+        for connection in self._sessions.connections:
+            connection.rights = policy.rights_of(
+                connection.channel, connection.peer, connection.account
+            )
+        for account, quota in before.items():
+            # A user whom no rule admits any more keeps what it has, within its old quota.
+            if not account.limited:
+                account.set_limit(quota)
+
+    def keep(self, entry: Entry, target: str) -> None:
+        """Note of a new entry what its descriptor leads to, and tell custody.
+
+        No request is acted on between the entry's put and this.
+        """
+        entry.target = target
+        entry.parcel = parcel(entry.sysfd)
+        self.custody.keep_entry(entry.slot, entry.sysfd)
+
+    # --- connections ---
+
+    def _connect(self, channel: Channel) -> None:
+        """Begin a connection, or tell its peer why not.  OSError: it cannot be watched."""
+        accounting, peer = self.lender.accounting, Peer(*channel.peer)
+        account = accounting.account(peer.uid)
+        rights = self._policy.rights_of(channel, peer, account)
+        refusal = self._refusal(account, peer, rights)
+        connection = ServerConnection(channel, peer, rights, accounting)
+        if refusal is not None:
+            log_refusal(connection, refusal)
+            with contextlib.suppress(OSError):
+                channel.send(encode_error(0, refusal))
+            connection.state = ENDED
+            self._disconnector.hang_up(connection)
+            return
+        try:
+            self._receiver.watch(connection)
+        except OSError:
+            channel.close()
+            connection.release_charges()
+            raise
+        self._sessions.add(connection)
+
+    def _refusal(self, account: Account, peer: Peer, rights: Rights) -> FDBrokerError | None:
+        """Why the peer may not connect; None if it may."""
+        try:
+            self._policy.check_connect(peer, rights)
+            for resource in ("sessions", "closes"):
+                self.lender.accounting.check(account, resource)
+        except FDBrokerError as refusal:
+            return refusal
+        return None
+
+    def end(self, connection: ServerConnection) -> None:
+        """End a connection: its loan is back, then custody is told, then its slot is free."""
+        if connection.state == ENDED:
+            return
+        self._queue.discard(connection.account.uid, connection.serve)
+        self._delivery.drop_pending(connection)
+        self._sessions.remove(connection)
+        self._disconnector.hang_up(connection)
+
+    def _rearm(self, connection: ServerConnection) -> None:
+        self._receiver.arm(connection)
+
+    # --- what the lender has decided ---
+
+    def settle(self) -> None:
+        """Act on what the last event left to be done for others."""
+        lender = self.lender
+        if lender.notifications or lender.pending_closes:
+            self._deliver()
+        if lender.deadlines:
+            self._arm_deadline()
+        if self._acceptor.paused:
+            self._acceptor.resume_if_room()
+        if self.draining and not lender.entries and not self.workers.drain_waits:
+            self.loop.stop()
+
+    def _deliver(self) -> None:
+        """Notify the sessions that wait, each in its user's turn, and have entries closed."""
+        lender = self.lender
+        while lender.notifications or lender.pending_closes:
+            while lender.notifications:
+                session, seq, error = lender.notifications.popleft()
+                connection = self._sessions.connection_of(session)
+                if connection is None:
+                    continue
+                notify = partial(self._notify, connection, session, seq, error)
+                if connection.rights.unlimited:
+                    notify()
+                else:
+                    self._queue.submit(connection.account.uid, notify)
+            while lender.pending_closes:
+                self._close_entry(lender.pending_closes.popleft())
+
+    def _notify(
+        self, connection: ServerConnection, session: Session, seq: int, error: FDBrokerError | None
+    ) -> None:
+        """Tell a session what its borrow, or its wait for a close, has come to."""
+        if connection.state == ENDED or connection.session is not session:
+            return
+        if self.draining and isinstance(error, EntryRetired):
+            error = BrokerClosing()
+        try:
+            if error is not None:
+                self._delivery.reply(connection, encode_error(seq, error))
+            elif session.state == LENT and session.borrow_seq == seq:
+                self._delivery.grant(connection, seq)
+            else:
+                self._delivery.reply(connection, encode([0, seq]))
+        except Exception:
+            log.exception("event=error %s", connection)
+            self.end(connection)
+
+    def _close_entry(self, entry: Entry) -> None:
+        """Have a worker give back the last reference of an entry: the final close."""
+        charge = self.lender.accounting.charge(entry.account, "closing")
+        job = CloseEntry(entry, entry.account)
+        self.workers.submit(job, partial(self._entry_closed, entry, job, charge))
+
+    def _entry_closed(self, entry: Entry, job: CloseEntry, charge: Charge) -> None:
+        error = OSError(job.crash) if job.crash else job.error
+        if error is not None:
+            log.error("event=close-failed entry=%s error=%r", entry.name, str(error))
+        if entry.account is not None:
+            self._queue.charge(entry.account.uid, job.took)
+        self.custody.drop_entry(entry.slot)
+        self.lender.closed(entry, error)
+        charge.release()
+
+    # --- time ---
+
+    def _arm_deadline(self) -> None:
+        """Set a timer for the lender's next deadline."""
+        when, timer = self.lender.next_deadline(), self._deadline
+        if when is None or (timer is not None and timer.pending and timer.when <= when):
+            return
+        if timer is not None:
+            timer.cancel()
+        self._deadline = self.loop.call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        """End the wait whose deadline is the earliest.  Others have a turn before the next one."""
+        self._deadline = None
+        self.lender.expire(self.now)

@@ -1,49 +1,39 @@
 """The broker's few threads, for system calls that can take seconds: never on the event loop.
 
 close(2) waits for SO_LINGER, FUSE and NFS; so do open(2) and fstat(2) on a file system that hangs.
-Each such call is a job: it runs in a thread and touches nothing that the loop uses; then it is
-back on the loop, where it is finished, whatever became of it.
+Each such call is a job.  It runs in a thread and touches nothing that the loop uses; then the pool
+posts its completion to the loop, with the thread CPU time that it took.
 
-Closing has threads of its own, and so has receiving: what hangs while it is looked at or opened,
-closed or received, never stops the others.  Nor does what hangs for one uid stop all others: one
-has at most half of the threads that nobody else has, and what it wants done beyond that waits.  The
-first threads start with the broker, since one more may be refused later (pthread_create(3),
-EAGAIN); one more is tried for a uid that has none, when all are busy.
+Closing has threads of its own, so a hanging inspection never delays a close.  Nor does one user
+delay the others: a user has at most half of the threads that nobody else has, and its other jobs
+wait.  When all threads are busy and a user has none, one more thread is tried.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
+from collections.abc import Callable, Hashable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from time import monotonic, thread_time_ns
-from typing import TYPE_CHECKING
 
+from fdbroker.ipc.server.tuning import TUNING, Tuning
 from fdbroker.lender.accounting import fair_share
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fdbroker.ipc.server.server import Server
-    from fdbroker.lender.accounting import Account
-
-THREADS = 4  # that look, and as many that close
-MOST_THREADS = 64  # in each lane, if so many are stuck
-LOOKING, CLOSING, RECEIVING = "look", "close", "receive"
-LANES = {LOOKING: THREADS, CLOSING: THREADS, RECEIVING: 2}  # of a uid one message at a time
-APART = ""  # a thread of its own, for what may hang and is the broker's own: the end never waits
-END_SECONDS = 0.5  # in which jobs are done at the end, unless they are stuck
+# The kinds of threads.  A DEDICATED job has a thread of its own: it may hang, it is the broker's
+# own, and the end of the broker never waits for it.
+INSPECT, CLOSE, DEDICATED = "inspect", "close", "dedicated"
 
 log = logging.getLogger("fdbroker")
 
 
 def start_thread(run: Callable[..., None], *arguments: object) -> threading.Thread:
-    """A thread that does not hold up the end of the process; OSError if there can be none."""
+    """Start a thread that does not hold up the end of the process; OSError if there can be none."""
     thread = threading.Thread(target=run, args=arguments, daemon=True)
     try:
         thread.start()
@@ -56,73 +46,79 @@ def start_thread(run: Callable[..., None], *arguments: object) -> threading.Thre
 class Job(ABC):
     """One slow thing."""
 
-    lane = LOOKING
-    awaited = True  # whether the end of a drain waits for it
-    account: Account | None = None  # for whom it is done; None: for the broker itself
-    failure = ""  # what `run` raised, by a mistake of ours
+    # Which threads run it.
+    queue = INSPECT
+    # Whether the end of a drain waits for it.
+    drain_waits = True
+    # For whom it is done; None: for the broker itself.
+    user: Hashable = None
+    # What `run` raised, by a mistake of ours.
+    crash = ""
+    # Nanoseconds of thread CPU time that `run` took.
+    took = 0
+    # What the pool calls on the loop when the job is back.
+    done: Callable[[], object]
 
     @abstractmethod
     def run(self) -> None:
-        """In a thread: the slow part.  Errors that can be are kept for `finish`."""
-
-    @abstractmethod
-    def finish(self, server: Server) -> None:
-        """On the loop: what follows from it, also after a `failure`."""
+        """Do the slow part, in a thread.  Errors that can be expected are kept for later."""
 
 
-class Lane:
-    """The threads for one kind of job, and who may have them."""
+Done = Callable[[], object]
 
-    def __init__(self, work: Callable[[SimpleQueue[Job | None]], None]) -> None:
-        """OSError if there can be no thread."""
-        self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # each has a thread, or will at once
+
+class WorkQueue:
+    """The threads for one kind of job, and the jobs that wait for one."""
+
+    def __init__(self, work: Callable[[SimpleQueue[Job | None]], None], most: int) -> None:
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
-        self._free = 0
         self._work = work
-        self._busy: Counter[Account | None] = Counter()  # threads, by for whom
-        self._waiting: dict[Account | None, deque[Job]] = {}
+        self._most = most
+        self._free = 0
+        self._busy: Counter[Hashable] = Counter()
+        self._waiting: dict[Hashable, deque[Job]] = {}
 
     def add_thread(self) -> None:
-        """OSError if there can be none."""
+        """Start one more thread; OSError if there can be none."""
         self.threads.append(start_thread(self._work, self.jobs))
         self._free += 1
 
     def put(self, job: Job) -> None:
-        """One more."""
-        self._waiting.setdefault(job.account, deque()).append(job)
-        self._start(job.account)
+        """Queue a job behind those of its user, and start it if the user may have a thread."""
+        self._waiting.setdefault(job.user, deque()).append(job)
+        self._start(job.user)
 
     def finished(self, job: Job) -> None:
-        """Its thread is free again: who waits gets it, those who were not served longest first."""
+        """The job's thread is free: give it to the user who was not served for longest."""
         self._free += 1
-        self._busy[job.account] -= 1
-        if not self._busy[job.account]:
-            del self._busy[job.account]
-        for account in list(self._waiting):
-            self._start(account)
+        self._busy[job.user] -= 1
+        if not self._busy[job.user]:
+            del self._busy[job.user]
+        for user in list(self._waiting):
+            self._start(user)
 
-    def _start(self, account: Account | None) -> None:
-        """As many of its jobs as may be."""
-        waiting, started = self._waiting[account], False
-        if not self._free and not self._busy[account] and len(self.threads) < MOST_THREADS:
+    def _start(self, user: Hashable) -> None:
+        """Start as many of a user's jobs as it may have threads."""
+        waiting, started = self._waiting[user], False
+        if not self._free and not self._busy[user] and len(self.threads) < self._most:
             with suppress(OSError):
                 self.add_thread()
         while (
-            waiting
-            and self._free
-            and self._busy[account] < fair_share(self._busy[account], self._free)
+            waiting and self._free and self._busy[user] < fair_share(self._busy[user], self._free)
         ):
             self._free -= 1
-            self._busy[account] += 1
+            self._busy[user] += 1
             self.jobs.put(waiting.popleft())
             started = True
         if started:
-            del self._waiting[account]
+            # The user goes behind all others who wait.
+            del self._waiting[user]
             if waiting:
-                self._waiting[account] = waiting  # behind the others
+                self._waiting[user] = waiting
 
     def end(self) -> None:
-        """Let each thread end, with what is waiting done before."""
+        """Let each thread end once all that waits is done."""
         for waiting in self._waiting.values():
             for job in waiting:
                 self.jobs.put(job)
@@ -131,82 +127,77 @@ class Lane:
             self.jobs.put(None)
 
 
-class Workers:
-    """The threads, and an eventfd that tells of finished jobs.  OSError if one cannot start."""
+class WorkerPool:
+    """The threads.  `post` is called from them, with what is to be done on the loop.
 
-    def __init__(self) -> None:
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lanes: dict[str, Lane] = {}
-        self._done: deque[Job] = deque()
-        self._threads: list[threading.Thread] = []  # of jobs that have one of their own
-        self.pending = 0  # jobs that are not finished, but for ...
-        self.apart = 0  # ... those with a thread of their own
-        self.awaited = 0  # of the pending ones
+    OSError if a thread cannot be started.
+    """
+
+    def __init__(self, post: Callable[[Done], None], tuning: Tuning = TUNING) -> None:
+        self._post = post
+        self._tuning = tuning
+        self._queues: dict[str, WorkQueue] = {}
+        self._dedicated: list[threading.Thread] = []
+        # Jobs that are not back yet: of the shared threads, of dedicated ones, and those of the
+        # shared threads that the end of a drain waits for.
+        self.pending = 0
+        self.dedicated = 0
+        self.drain_waits = 0
         try:
-            for lane, threads in LANES.items():
-                self._lanes[lane] = Lane(self._work)
-                for _ in range(threads):
-                    self._lanes[lane].add_thread()
+            for kind in (INSPECT, CLOSE):
+                queue = self._queues[kind] = WorkQueue(self._work, tuning.most_threads)
+                for _ in range(tuning.threads):
+                    queue.add_thread()
         except BaseException:
             self.close()
             raise
 
-    def submit(self, job: Job) -> None:
-        """Have a thread run `job`; `finish` has it then.  OSError if it wants one of its own, and
-        there is none."""
-        if job.lane == APART:
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            self._threads.append(start_thread(self._run, job))
-            self.apart += 1
+    def submit(self, job: Job, done: Done) -> None:
+        """Run `job` in a thread, then call `done` on the loop.
+
+        OSError if the job wants a thread of its own and there can be none.
+        """
+        job.done = done
+        if job.queue == DEDICATED:
+            self._dedicated = [thread for thread in self._dedicated if thread.is_alive()]
+            self._dedicated.append(start_thread(self._run, job))
+            self.dedicated += 1
         else:
             self.pending += 1
-            self.awaited += job.awaited
-            self._lanes[job.lane].put(job)
+            self.drain_waits += job.drain_waits
+            self._queues[job.queue].put(job)
 
-    def finish(self, server: Server, long: int) -> None:
-        """On the loop: finish the jobs that are back; those after one that takes more than so many
-        nanoseconds of its time, when others had a turn.  A mistake in one is no other's."""
-        try:
-            os.eventfd_read(self.wake)
-        except BlockingIOError:
-            return
-        begun = thread_time_ns()
-        while self._done:
-            if thread_time_ns() - begun > long:
-                os.eventfd_write(self.wake, 1)
-                return
-            job = self._done.popleft()
-            if job.lane == APART:
-                self.apart -= 1
-            else:
-                self.pending -= 1
-                self.awaited -= job.awaited
-                self._lanes[job.lane].finished(job)
-            try:
-                job.finish(server)
-            except Exception:
-                log.exception("event=error job=%s", type(job).__name__)
-
-    def close(self) -> None:
-        """Let the threads end; one that is stuck ends with the process."""
-        for lane in self._lanes.values():
-            lane.end()
-        deadline = monotonic() + END_SECONDS
-        threads = [*self._threads, *(one for lane in self._lanes.values() for one in lane.threads)]
-        for thread in threads:
+    def close(self) -> bool:
+        """Let the threads end.  Returns whether all have: one that is stuck ends with the process,
+        and may still post what it has done."""
+        for queue in self._queues.values():
+            queue.end()
+        deadline = monotonic() + self._tuning.join_seconds
+        threads = [thread for queue in self._queues.values() for thread in queue.threads]
+        for thread in (*self._dedicated, *threads):
             thread.join(max(0.0, deadline - monotonic()))
-        if not any(thread.is_alive() for thread in threads):
-            os.close(self.wake)
+        return not any(thread.is_alive() for thread in (*self._dedicated, *threads))
 
     def _work(self, jobs: SimpleQueue[Job | None]) -> None:
         while (job := jobs.get()) is not None:
             self._run(job)
 
     def _run(self, job: Job) -> None:
+        begun = thread_time_ns()
         try:
             job.run()
         except Exception as error:
             log.exception("event=job-failed job=%s", type(job).__name__)
-            job.failure = repr(error)
-        self._done.append(job)
-        os.eventfd_write(self.wake, 1)
+            job.crash = repr(error)
+        job.took = thread_time_ns() - begun
+        self._post(partial(self._finished, job))
+
+    def _finished(self, job: Job) -> None:
+        """On the loop: the job is back."""
+        if job.queue == DEDICATED:
+            self.dedicated -= 1
+        else:
+            self.pending -= 1
+            self.drain_waits -= job.drain_waits
+            self._queues[job.queue].finished(job)
+        job.done()

@@ -103,3 +103,35 @@ def close(owned: Owned, start: int = 0) -> None:
 def give_away(owned: Owned) -> None:
     """The numbers are the caller's from now on."""
     owned.clear()
+
+
+class ReceivedFDs:
+    """Temporary: replaced at the merge."""
+
+    def __init__(self) -> None:
+        from fdbroker.ipc.transport.unix import Inbox
+
+        self._inbox: Any = Inbox()
+
+    def receive(self, sock: Any, size: int, most: int) -> bytes:
+        from fdbroker.ipc.transport import unix
+
+        buffer = bytearray(size)
+        got, inbox = unix.receive_into(sock, buffer, unix.room_for(most))
+        if inbox is not None:
+            self._inbox = inbox
+        return bytes(buffer[:got])
+
+    @property
+    def fds(self) -> list[int]:
+        return list(self._inbox.fds)
+
+    @property
+    def truncated(self) -> bool:
+        return bool(self._inbox.truncated)
+
+    def detach(self) -> list[int]:
+        return list(self._inbox.give_away())
+
+    def close(self) -> None:
+        self._inbox.close()

@@ -25,11 +25,11 @@ from collections.abc import Iterator, Sequence
 
 from fdbroker._lazy import suppress
 from fdbroker.errors import NoBroker, NotPermitted
-from fdbroker.ipc.protocol.messages import DESCRIPTORS
 from fdbroker.ipc.transport.address import check_path
 from fdbroker.ipc.transport.rlimit import too_many_files
 
-ANCILLARY_BYTES = _socket.CMSG_SPACE(DESCRIPTORS * 4)
+MOST_DESCRIPTORS = 253  # in one message: SCM_MAX_FD (include/net/scm.h)
+ANCILLARY_BYTES = _socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
 CREDENTIALS_BYTES = _socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 # ``ioctl(number, SIOCOUTQ, QUEUED)``, and queued[0] are the bytes sent that the peer has not read
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ; unix(7)

@@ -1,0 +1,180 @@
+"""The ways of an answer to its client, and of a grant that cannot be sent yet or at all.
+
+A grant whose client has not read the message before it waits: the connection is AWAITING_READ, and
+nothing is received from it meanwhile.  A read-only loan takes fresh descriptions, which a worker
+opens: the connection is WORKING.  A grant that cannot be sent is rolled back, as far as the client
+has nothing of the loan yet; else only the client knows when it has closed what it has, and returns
+the loan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
+from fdbroker.ipc.protocol.messages import encode_error
+from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, READY, WORKING, PendingGrant
+from fdbroker.ipc.server.jobs import Discard, Reopen
+from fdbroker.ipc.server.log import log_refusal
+from fdbroker.ipc.server.sender import BLOCKED, SENT
+from fdbroker.ipc.transport import MOST_DESCRIPTORS
+
+if TYPE_CHECKING:
+    from fdbroker.ipc.server.connection import ServerConnection
+    from fdbroker.ipc.server.event_loop import EventLoop
+    from fdbroker.ipc.server.fair_queue import FairQueue
+    from fdbroker.ipc.server.sender import Sender
+    from fdbroker.ipc.server.worker_pool import WorkerPool
+    from fdbroker.lender import Lender
+    from fdbroker.lender.accounting import Charge
+    from fdbroker.lender.model import Entry
+
+OnConnection = Callable[["ServerConnection"], None]
+
+
+class Delivery:
+    """Delivers replies and grants.
+
+    `end` ends a connection.  `rearm` has the port report what comes next of one whose state has
+    changed.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        lender: Lender,
+        sender: Sender,
+        pool: WorkerPool,
+        queue: FairQueue,
+        *,
+        end: OnConnection,
+        rearm: OnConnection,
+    ) -> None:
+        self._loop = loop
+        self._lender = lender
+        self._sender = sender
+        self._pool = pool
+        self._queue = queue
+        self._end = end
+        self._rearm = rearm
+
+    def reply(self, connection: ServerConnection, data: bytes) -> None:
+        """Send a message without descriptors; the connection ends if that cannot be done now."""
+        if connection.state != ENDED and self._sender.send(connection, data) != SENT:
+            self._end(connection)
+
+    def grant(
+        self,
+        connection: ServerConnection,
+        seq: int,
+        offset: int = 0,
+        fresh: list[int] | None = None,
+    ) -> None:
+        """Send the session's loan from `offset` on, now or when the client has read.
+
+        `fresh` are the descriptors that were opened for it; they are closed afterwards.
+        """
+        request = connection.session.request
+        if request.readonly and fresh is None and not connection.channel.unread():
+            self._reopen(connection, seq, offset)
+            return
+        try:
+            outcome = self._sender.send_grant(connection, seq, offset, fresh)
+        except (QuotaExceeded, TooManyInFlight) as error:
+            self._roll_back(connection, seq, offset, error)
+        else:
+            if outcome == BLOCKED:
+                connection.pending_grant = PendingGrant(seq, offset, fresh)
+                connection.state = AWAITING_READ
+                self._rearm(connection)
+                return
+            if outcome != SENT:
+                self._end(connection)
+        if fresh:
+            self._discard(connection, fresh)
+
+    def resume(self, connection: ServerConnection) -> None:
+        """The client has read: send the grant that waited for that."""
+        pending, connection.pending_grant = connection.pending_grant, None
+        assert pending is not None
+        connection.state = READY
+        self.grant(connection, *pending)
+
+    def drop_pending(self, connection: ServerConnection) -> None:
+        """The grant that waits is never sent: close what was opened for it."""
+        pending, connection.pending_grant = connection.pending_grant, None
+        if pending is not None and pending.fresh:
+            self._discard(connection, pending.fresh)
+
+    def _roll_back(
+        self, connection: ServerConnection, seq: int, offset: int, error: FDBrokerError
+    ) -> None:
+        """Tell the client why the descriptors from `offset` on cannot be sent."""
+        if isinstance(error, QuotaExceeded):
+            log_refusal(connection, error)
+        if offset == 0 and not connection.repeated:
+            self._lender.roll_back_grant(connection.session, self._loop.now)
+        self.reply(connection, encode_error(seq, error))
+
+    # --- read-only loans ---
+
+    def _reopen(self, connection: ServerConnection, seq: int, offset: int) -> None:
+        """Have a worker open what one message can bring."""
+        entries = connection.session.entries[offset : offset + MOST_DESCRIPTORS]
+        accounting, account = self._lender.accounting, connection.account
+        try:
+            accounting.check(account, "closes", len(entries))
+        except FDBrokerError as error:
+            self._roll_back(connection, seq, offset, error)
+            return
+        charge = accounting.charge(account, "closes", len(entries))
+        self._lender.pin(entries)
+        job = Reopen([entry.sysfd for entry in entries], account)
+        connection.state, connection.job = WORKING, job
+        self._pool.submit(job, partial(self._reopened, connection, seq, offset, entries, charge))
+
+    def _reopened(
+        self,
+        connection: ServerConnection,
+        seq: int,
+        offset: int,
+        entries: Sequence[Entry],
+        charge: Charge,
+    ) -> None:
+        """The worker is done.  What is not sent is closed."""
+        job, connection.job = connection.job, None
+        assert job is not None
+        self._lender.unpin(entries)
+        charge.release()
+        self._queue.charge(connection.account.uid, job.took)
+        fresh = job.detach_fds()
+        if connection.state != WORKING:
+            self._discard(connection, fresh)
+        elif job.crash:
+            self._discard(connection, fresh)
+            self._end(connection)
+        else:
+            connection.state = READY
+            if job.error is None:
+                self.grant(connection, seq, offset, fresh)
+            else:
+                self._discard(connection, fresh)
+                self._roll_back(connection, seq, offset, job.error)
+            if job.cancelled and connection.state != ENDED:
+                self._lender.advance(connection.session, job.cancelled)
+
+    def _discard(self, connection: ServerConnection, fds: list[int]) -> None:
+        if fds:
+            discard(
+                self._pool,
+                self._lender.accounting.charge(connection.account, "closes", len(fds)),
+                fds,
+            )
+
+
+def discard(pool: WorkerPool, charge: Charge, fds: list[int]) -> None:
+    """Have a worker close descriptors, and release what is charged for them then."""
+    user: Hashable = charge.account
+    pool.submit(Discard(fds, user), charge.release)

@@ -1,0 +1,150 @@
+"""The broker's end of a session on Linux: a SOCK_SEQPACKET socket, and what the kernel says of it.
+
+Three hazards of the kernel are kept in here.
+
+**Receiving may block.**  recvmsg(2) closes every descriptor that it cannot or may not install, and
+closing a lingering socket takes seconds.  From Linux 6.16 on SO_PASSRIGHTS=0 has the kernel refuse
+descriptors at the sender, so the event loop receives nothing but bytes.  Only a session that may
+put accepts descriptors, and only a worker receives from it.  Before Linux 6.16 descriptors that
+nobody asked for are closed by the kernel in the loop's thread, and end the session.
+
+**Descriptors in flight** are counted by the kernel against the uid of the sender until they are
+received (unix(7), ETOOMANYREFS), so one client that reads nothing could use up what there is for
+all.  A message with descriptors is sent only when the client has read the one before: SIOCOUTQ
+counts what was sent and not read.
+
+**An end may block.**  Closing a socket closes the descriptors that wait in it.  After `shut_down` a
+worker takes those out with `drain_descriptors`, and the caller closes the socket then.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from fcntl import ioctl
+
+from fdbroker.errors import ProtocolError
+from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport.received import ReceivedFDs
+from fdbroker.ipc.transport.unix import (
+    LEAST_QUEUED,
+    LOST,
+    QUEUED,
+    RECEIVE_NOW,
+    SCM_RIGHTS,
+    SEND_NOW,
+    SIOCOUTQ,
+    SOL_SOCKET,
+    queued,
+)
+
+Parcel = bytes
+
+
+def parcel(sysfd: int) -> Parcel:
+    """Make what `Channel.lend` sends of a descriptor, once for each entry; `sysfd` stays open."""
+    return unix.INT.pack(sysfd)
+
+
+class Channel:
+    """One session's socket, which this owns.  `peer` is (uid, gid, pid) as of the connect."""
+
+    __slots__ = (
+        *("_send_message", "_sock", "handler", "in_flight", "may_hold_descriptors", "number"),
+        *("peer", "receive"),
+    )
+
+    def __init__(self, sock: socket.socket) -> None:
+        # `recv_into` must not wait, and a flag at each call takes longer.
+        sock.setblocking(False)
+        self._sock = sock
+        self.number = sock.fileno()
+        self.handler: Callable[[int], None] = _ignore
+        self.peer = unix.credentials(sock)
+        # How many descriptors the last message had, unless all was read since.
+        self.in_flight = 0
+        self._send_message = sock.sendmsg
+        # Whether the socket may have descriptors in it that nobody received.
+        self.may_hold_descriptors = not unix.refuse_descriptors(sock)
+        self.receive: Callable[[bytearray], int] = (
+            self._receive_checked if self.may_hold_descriptors else sock.recv_into
+        )
+        """Receive one message into a buffer: its size, 0 at the end of the session.
+        BlockingIOError: there is none.  ProtocolError: it came with descriptors."""
+
+    def groups_among(self, wanted: frozenset[int]) -> frozenset[int]:
+        """Which of these are supplementary groups of the peer, as of the connect."""
+        return unix.groups_among(wanted, self._sock)
+
+    def _receive_checked(self, buffer: bytearray) -> int:
+        size, _, flags, _ = self._sock.recvmsg_into((buffer,), 0, RECEIVE_NOW)
+        if flags & LOST:
+            raise ProtocolError("client", "it sent descriptors that nobody asked for")
+        return size
+
+    def accept_descriptors(self) -> None:
+        """Let the client send descriptors from now on; a worker must receive them."""
+        unix.accept_descriptors(self._sock)
+        self.may_hold_descriptors = True
+
+    def receive_with_descriptors(self, size: int, most: int) -> tuple[bytes, ReceivedFDs]:
+        """Receive one message of at most `size` bytes, in a worker: it, and what came with it.
+
+        No more than `most` descriptors are installed; they are the caller's.  The kernel closes all
+        others before this returns.  BlockingIOError: there is no message.
+        """
+        received = ReceivedFDs()
+        data = received.receive(self._sock, size, most)
+        return data, received
+
+    def unread(self) -> int:
+        """How many bytes of what was sent the client has not read, as the kernel counts now."""
+        ioctl(self.number, SIOCOUTQ, QUEUED)
+        return queued[0] if queued[0] >= LEAST_QUEUED else 0
+
+    def send(self, data: bytes) -> None:
+        """Send a message now or never.  BlockingIOError: the client reads too little.  OSError: it
+        has gone."""
+        self._sock.send(data, SEND_NOW)
+
+    def lend(self, data: bytes, parcels: Sequence[Parcel]) -> None:
+        """Send a message with copies of these descriptors, now or never, all of it or nothing.
+
+        BlockingIOError, BrokenPipeError, ConnectionResetError as for `send`.  OSError
+        (ETOOMANYREFS): too many descriptors of this process's uid are in flight.
+        """
+        self._send_message((data,), ((SOL_SOCKET, SCM_RIGHTS, b"".join(parcels)),), SEND_NOW)
+
+    # --- the end ---
+
+    def shut_down(self) -> None:
+        """End the session for good, whoever holds a copy of the client's end.
+
+        What the client sent last is taken out where it cannot bring descriptors: else the kernel
+        would tell the client that it was lost, before it tells what we sent last.
+        """
+        unix.shut_down(self._sock)
+        if not self.may_hold_descriptors:
+            unix.drain(self._sock)
+
+    def drain_descriptors(self, most: int) -> Iterator[list[int]]:
+        """Take out what the client sent and nobody received, in a worker, after `shut_down`.
+
+        Yields the descriptors of one message at a time, which are the caller's, no more than `most`
+        of each: the kernel closes the others.
+        """
+        try:
+            yield from unix.never_read(self._sock, most)
+        finally:
+            # Also after a mistake, or nobody would ask about this channel again.
+            self.may_hold_descriptors = False
+
+    def close(self) -> None:
+        """Close the socket.  It may block while `may_hold_descriptors`."""
+        with suppress(OSError):
+            self._sock.close()
+
+
+def _ignore(events: int) -> None:
+    """Do nothing with an event of a channel that nobody serves yet."""
