@@ -152,7 +152,9 @@ class Charge:
 
     def release(self) -> None:
         """Charge nothing any more.  A second call has no effect."""
-        self.set(0)
+        count, self.count = self.count, 0
+        if count:
+            self._accounting.add(self.account, self.resource, -count)
 
     def __repr__(self) -> str:
         uid = "none" if self.account is None else self.account.uid
@@ -255,10 +257,13 @@ class Accounting:
 
     def add(self, account: Account | None, resource: str, count: int) -> None:
         """Change what is counted.  Code outside of this module charges instead."""
-        if account is not None:
-            setattr(account, resource, getattr(account, resource) + count)
-        setattr(self.total, resource, getattr(self.total, resource) + count)
-        if count < 0 and account is not None:
+        total = self.total
+        setattr(total, resource, getattr(total, resource) + count)
+        if account is None:
+            return
+        setattr(account, resource, getattr(account, resource) + count)
+        # Most releases happen while the uid still has a session, so it is not idle.
+        if count < 0 and not account.sessions:
             self.drop_idle(account)
 
     def drop_idle(self, account: Account) -> None:

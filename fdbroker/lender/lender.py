@@ -9,7 +9,8 @@ through to the ledger, and it returns or raises what the requesting session is t
 The caller works off both before the next event.
 
 The plain borrow and return are the fast path of the broker: they write the ledger themselves
-instead of calling the smaller steps in `state.py`, which the other events use.
+instead of calling the smaller steps in `state.py`, which the other events use.  The state machine
+in tests/lender compares both with one naive model.
 """
 
 from __future__ import annotations

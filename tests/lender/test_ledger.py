@@ -428,6 +428,21 @@ def test_an_entry_without_its_descriptor_was_closed(rig: Rig):
     assert not loaded.pending_closes
 
 
+def test_recovered_session_keeps_the_charge_for_its_connection(rig: Rig):
+    (client,) = rig.clients(1)
+    rig.put("a")
+    rig.borrow(client, "a")
+    recovered = rig.reload()
+    session = recovered.sessions[client.slot]
+    account = recovered.accounting.account(client.peer.uid)
+    assert (session.account, account.sessions, account.loans) == (account, 1, 1)
+    recovered.clear(session, rig.now)
+    recovered.free(session)
+    assert account.sessions == 1
+    session.charge.release()
+    assert recovered.accounting.accounts == {}
+
+
 def test_an_entry_of_the_broker_itself_is_its_uids(rig: Rig):
     rig.put("a", uid=1000)
     assert rig.lender.names["a"].uid == 1000
