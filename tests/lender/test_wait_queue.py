@@ -179,6 +179,20 @@ def test_an_exclusive_one_stands_behind_a_shared_loan_of_several(lot: Rig):
     assert lot.granted() == [on_a]
 
 
+def test_waiter_of_several_is_not_granted_before_an_earlier_one_in_another_queue(lot: Rig):
+    on_a, on_b, exclusive, both = lot.clients(4)
+    lot.borrow(on_a, "a", exclusive=True)
+    lot.borrow(on_b, "b")
+    assert not lot.borrow(exclusive, "b", exclusive=True)
+    assert not lot.borrow(both, "a", "b")
+    lot.return_loan(on_a)
+    assert lot.granted() == []
+    lot.return_loan(on_b)
+    assert lot.granted() == [exclusive]
+    lot.return_loan(exclusive)
+    assert lot.granted() == [both]
+
+
 def test_who_has_nothing_in_common_with_those_that_wait_does_not_wait(lot: Rig):
     holder, both, other = lot.clients(3)
     lot.borrow(holder, "a", exclusive=True)
