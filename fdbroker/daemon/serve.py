@@ -228,7 +228,7 @@ def _nr_open() -> int:
 def _watch_owner(server: Server, owner_fd: int) -> None:
     owner = server.loop.port.watch_end(owner_fd)
 
-    def owner_has_ended(events: int) -> None:
+    def owner_has_ended(subject: None, events: int) -> None:
         server.loop.unwatch(owner)
         os.close(owner_fd)
         server.drain(None)
@@ -255,7 +255,7 @@ def _signals(
     arrived, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     deadlines = chain([drain_seconds], repeat(0.0))
 
-    def act(events: int) -> None:
+    def act(subject: None, events: int) -> None:
         for number in os.read(arrived, 64):  # a byte for each signal
             if number == signal.SIGHUP:
                 resources.reload()

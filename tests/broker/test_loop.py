@@ -80,14 +80,14 @@ def test_source_that_an_event_drops_gets_no_event(loop: EventLoop, eventfds: Any
     sources = [Watched(number) for number in eventfds(2)]
     handled = []
 
-    def drop_other(events: int, mine: Watched) -> None:
+    def drop_all(mine: Watched, events: int) -> None:
         handled.append(mine)
         for source in sources:
             loop.unwatch(source)
         loop.stop()
 
     for source in sources:
-        loop.watch(source, lambda events, mine=source: drop_other(events, mine))  # type: ignore
+        loop.watch(source, drop_all, source)
     loop.run()
     assert len(handled) == 1
 
@@ -98,7 +98,7 @@ def test_exception_of_a_handler_is_logged_and_ends_nothing(
     (number,) = eventfds(1)
     source = Watched(number)
 
-    def fail(events: int) -> None:
+    def fail(subject: None, events: int) -> None:
         loop.unwatch(source)
         loop.call_soon(loop.stop)
         raise LookupError
@@ -157,7 +157,7 @@ def test_call_soon_that_calls_soon_lets_events_come_between(loop: EventLoop, eve
         order.append("soon")
         loop.call_soon(again)
 
-    def handle(events: int) -> None:
+    def handle(subject: None, events: int) -> None:
         order.append("event")
         if len(order) > 4:
             loop.stop()

@@ -150,7 +150,7 @@ def serve(address: str, control: socket.socket) -> None:
     os.chmod(address, 0o777)
     server = Server(listener, lender)
 
-    def told(events: int) -> None:
+    def told(subject: None, events: int) -> None:
         data = control.recv(100_000)
         if not data:
             server.loop.unwatch(watched)

@@ -432,7 +432,9 @@ def lasting() -> None:
     def drain(server: Server, *_: object) -> None:
         reader, writer = os.pipe()
         told = Watched(reader)
-        server.loop.watch(told, lambda events: (server.loop.unwatch(told), server.drain(30)))
+        server.loop.watch(
+            told, lambda subject, events: (server.loop.unwatch(told), server.drain(30))
+        )
         signal.signal(signal.SIGUSR1, lambda *_: os.write(writer, b"x"))
         run(server)
 

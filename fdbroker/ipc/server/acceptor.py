@@ -44,6 +44,8 @@ class Acceptor:
         self._tuning = tuning
         self._on_connect = on_connect
         self._schedule = schedule
+        # Whether it will accept again, and does not now.
+        self.paused = False
         self._watching = False
         self._stopped = False
         # Whether the log has it that nothing can be accepted, and nothing was accepted since.
@@ -55,11 +57,11 @@ class Acceptor:
     def _watch(self) -> None:
         try:
             self._loop.watch(self.listener, self._on_event)
-            self._watching = True
+            self._watching, self.paused = True, False
         except OSError as error:
             self._pause(error.strerror, retry=True)
 
-    def _on_event(self, events: int) -> None:
+    def _on_event(self, subject: None, events: int) -> None:
         self._schedule(self.accept)
 
     def accept(self) -> None:
@@ -85,6 +87,7 @@ class Acceptor:
             log.warning("event=accept-paused error=%r", reason)
         self._told = True
         self._unwatch()
+        self.paused = True
         self._used_at_pause = self._accounting.total.descriptors
         if retry:
             self._retry = self._loop.call_at(
@@ -99,11 +102,6 @@ class Acceptor:
             self._retry.cancel()
             self._retry = None
 
-    @property
-    def paused(self) -> bool:
-        """Whether it will accept again, and does not now."""
-        return not self._watching and not self._stopped
-
     def resume_if_room(self) -> None:
         """Accept again, if the acceptor has paused and fewer descriptors are in use since."""
         if self.paused and self._accounting.total.descriptors < self._used_at_pause:
@@ -117,5 +115,5 @@ class Acceptor:
     def stop(self) -> None:
         """Accept nothing any more.  A connection then waits in the listener's queue, for the next
         broker if the listener lasts."""
-        self._stopped = True
+        self._stopped, self.paused = True, False
         self._unwatch()

@@ -13,12 +13,12 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
+from fdbroker.errors import FDBrokerError, QuotaExceeded
 from fdbroker.ipc.protocol.messages import encode_error
 from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, READY, WORKING, PendingGrant
 from fdbroker.ipc.server.jobs import Discard, Reopen
 from fdbroker.ipc.server.log import log_refusal
-from fdbroker.ipc.server.sender import BLOCKED, SENT
+from fdbroker.ipc.server.sender import BLOCKED, CLOSED, SENT
 from fdbroker.ipc.transport import MOST_DESCRIPTORS
 
 if TYPE_CHECKING:
@@ -80,20 +80,30 @@ class Delivery:
         if request.readonly and fresh is None and not connection.channel.unread():
             self._reopen(connection, seq, offset)
             return
-        try:
-            outcome = self._sender.send_grant(connection, seq, offset, fresh)
-        except (QuotaExceeded, TooManyInFlight) as error:
-            self._roll_back(connection, seq, offset, error)
-        else:
-            if outcome == BLOCKED:
-                connection.pending_grant = PendingGrant(seq, offset, fresh)
-                connection.state = AWAITING_READ
-                self._rearm(connection)
-                return
-            if outcome != SENT:
-                self._end(connection)
-        if fresh:
+        outcome = self._sender.send_grant(connection, seq, offset, fresh)
+        if outcome:
+            self.not_sent(connection, outcome, seq, offset, fresh)
+        if fresh and outcome != BLOCKED:
             self._discard(connection, fresh)
+
+    def not_sent(
+        self,
+        connection: ServerConnection,
+        outcome: int | FDBrokerError,
+        seq: int,
+        offset: int = 0,
+        fresh: list[int] | None = None,
+    ) -> None:
+        """A grant was not sent, for the reason that `Sender.send_grant` has returned."""
+        if outcome == BLOCKED:
+            connection.pending_grant = PendingGrant(seq, offset, fresh)
+            connection.state = AWAITING_READ
+            self._rearm(connection)
+        elif outcome == CLOSED:
+            self._end(connection)
+        else:
+            assert isinstance(outcome, FDBrokerError)
+            self._roll_back(connection, seq, offset, outcome)
 
     def resume(self, connection: ServerConnection) -> None:
         """The client has read: send the grant that waited for that."""

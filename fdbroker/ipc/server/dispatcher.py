@@ -37,6 +37,7 @@ from fdbroker.ipc.protocol.messages import (
     encode_error,
 )
 from fdbroker.ipc.server.connection import HANDSHAKE, READY, WORKING
+from fdbroker.ipc.server.event_loop import SETTLED
 from fdbroker.ipc.server.log import log_refusal
 from fdbroker.ipc.server.policy import check_somewhere
 from fdbroker.lender.model import LENT
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server.event_loop import EventLoop
     from fdbroker.ipc.server.handlers import Handlers
     from fdbroker.ipc.server.request_cache import RequestCache
+    from fdbroker.ipc.server.sender import Sender
     from fdbroker.ipc.server.sessions import Sessions
     from fdbroker.lender import Lender
 
@@ -67,6 +69,7 @@ class Dispatcher:
         lender: Lender,
         sessions: Sessions,
         delivery: Delivery,
+        sender: Sender,
         handlers: Handlers,
         cache: RequestCache,
         *,
@@ -78,43 +81,54 @@ class Dispatcher:
         self._lender = lender
         self._sessions = sessions
         self._delivery = delivery
+        self._sender = sender
         self._handlers = handlers
         self._cache = cache
+        self._split, self._known = cache.split, cache.known
         self._end = end
         self._rearm = rearm
 
-    def serve(self, connection: ServerConnection, events: int = 0) -> None:
-        """Receive one message and act on it.  After a RETURN the next request of a busy client is
-        there already, and to look for it costs less than to wait at the port again."""
-        session, receive, cache = connection.session, connection.channel.receive, self._cache
-        lender, size = self._lender, 0
+    def serve(self, connection: ServerConnection, events: int = 0) -> bool | None:
+        """Receive one message and act on it.  Returns SETTLED if that concerned nobody else.
+
+        After a RETURN the next request of a busy client is there already, and to look for it costs
+        less than to wait at the port again.
+        """
+        session, receive, lender = connection.session, connection.channel.receive, self._lender
+        split, known, size = self._split, self._known, 0
         try:
             while True:
                 try:
                     size = receive(MESSAGE)
-                    head, seq, tail = cache.split[size](MESSAGE)
-                    verb, fields = cache.known[head + tail]
+                    head, seq, tail = split[size](MESSAGE)
+                    verb, fields = known[head + tail]
                 except KeyError:
                     self._act(connection, bytes(MESSAGE[:size]))
-                    return
+                    return None
                 if seq != session.seq + 1 or connection.state != READY:
                     self._act(connection, bytes(MESSAGE[:size]))
-                    return
+                    return None
                 if verb == BORROW:
                     if not connection.rights.unlimited:
                         self._handlers.check_borrow(connection, fields)
                     if lender.borrow(session, seq, fields, self._loop.now):
-                        self._delivery.grant(connection, seq)
-                    return
+                        if not fields.single:
+                            self._delivery.grant(connection, seq)
+                        elif outcome := self._sender.send_grant(connection, seq):
+                            self._delivery.not_sent(connection, outcome, seq)
+                        else:
+                            return SETTLED
+                    return None
                 if verb != RETURN:
                     self._handle(connection, verb, seq, fields)
-                    return
+                    return None
                 if lender.return_loan(session, seq, self._loop.now):
-                    return
+                    return None
         except BlockingIOError:
-            return
+            return None
         except Exception as error:
             self._fail(connection, error)
+            return None
 
     def dispatch(self, connection: ServerConnection, data: bytes) -> None:
         """Act on a message that was received already; empty is the end of the session."""

@@ -3,7 +3,8 @@
 It knows sources, callbacks and times, and nothing of what they are for.  Between two waits at the
 port it calls the handler of each source that has an event, then what was posted by other threads,
 then the timers that are due, then what was left with `call_soon`.  After each of these calls it
-calls `settle`, so that what one event decided for others is worked off before the next event.
+calls `settle`, so that what one event decided for others is worked off before the next event; only
+after a handler that returns SETTLED it does not.
 
 An exception in a handler is a mistake of ours.  It is logged and ends nothing, since it must not
 cost every loan of every client.
@@ -16,10 +17,10 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdbroker.ipc.transport import Port, Source
+    from fdbroker.ipc.transport import Handler, Port, Source
 
 SECOND = 1_000_000_000
 # epoll_wait(2) counts milliseconds in an int.
@@ -28,6 +29,9 @@ LONGEST_WAIT = 86_400.0
 SPARE_TIMERS = 64
 
 Callback = Callable[[], object]
+
+# What a handler returns if it has left nothing for others, so that there is nothing to settle.
+SETTLED = False
 
 log = logging.getLogger("fdbroker")
 
@@ -77,11 +81,11 @@ class EventLoop:
 
     # --- what to call, and when ---
 
-    def watch(self, source: Source, handler: Callable[[int], None]) -> None:
-        """Call ``handler(events)`` whenever something happens to `source`, which stays open until
-        `unwatch`.  OSError: the port cannot watch one more."""
+    def watch(self, source: Source, handler: Handler, subject: Any = None) -> None:
+        """Call ``handler(subject, events)`` whenever something happens to `source`, which stays
+        open until `unwatch`.  OSError: the port cannot watch one more."""
         self.port.listen(source)
-        source.handler = handler
+        source.handler, source.subject = handler, subject
 
     def unwatch(self, source: Source) -> None:
         """Call the handler of `source` no more, not even for events that are at hand."""
@@ -107,18 +111,19 @@ class EventLoop:
     def run(self) -> None:
         """Serve until `stop`."""
         wait, settle, now_ns = self.port.wait, self._settle, self._now_ns
+        timers, soon = self._timers, self._soon
         while not self._stopped:
-            happened = wait(self._seconds_to_wait() if self._timers or self._soon else None)
+            happened = wait(self._seconds_to_wait() if timers or soon else None)
             self.now = now_ns()
             for source, events in happened:
                 try:
-                    source.handler(events)
-                    settle()
+                    if source.handler(source.subject, events) is not SETTLED:
+                        settle()
                 except Exception:
                     log.exception("event=error")
-            if self._timers:
+            if timers:
                 self._run_timers()
-            if self._soon:
+            if soon:
                 self._run_soon()
 
     def stop(self) -> None:
@@ -162,7 +167,7 @@ class EventLoop:
         for _ in range(len(self._soon)):
             self.call(self._soon.popleft())
 
-    def _run_posted(self, events: int) -> None:
+    def _run_posted(self, subject: None, events: int) -> None:
         self.port.clear_wake()
         for _ in range(len(self._posted)):
             self.call(self._posted.popleft())
@@ -171,6 +176,6 @@ class EventLoop:
         """A timer was cancelled: throw such ones out of the heap when they are most of it."""
         self._cancelled += 1
         if self._cancelled > SPARE_TIMERS and self._cancelled > len(self._timers) // 2:
-            self._timers = [entry for entry in self._timers if entry[2].pending]
+            self._timers[:] = [entry for entry in self._timers if entry[2].pending]
             heapify(self._timers)
             self._cancelled = 0

@@ -18,7 +18,7 @@ from fdbroker.errors import QuotaExceeded
 from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, ServerConnection
 from fdbroker.ipc.server.delivery import discard
 from fdbroker.ipc.server.jobs import Receive
-from fdbroker.ipc.transport import GONE
+from fdbroker.ipc.transport import GONE, Handler
 
 if TYPE_CHECKING:
     from fdbroker.ipc.server.delivery import Delivery
@@ -62,13 +62,13 @@ class Receiver:
     def watch(self, connection: ServerConnection) -> None:
         """Begin to receive from a connection.  OSError: max_user_watches (epoll(7))."""
         connection.serve = partial(self._take_turn, connection)
-        self._loop.watch(connection.channel, self._handler(connection))
+        self._loop.watch(connection.channel, self._handler(connection), connection)
         connection.interest = self._loop.port.listen
 
-    def _handler(self, connection: ServerConnection) -> Callable[[int], None]:
+    def _handler(self, connection: ServerConnection) -> Handler:
         if connection.rights.unlimited and not connection.puts:
-            return partial(self._dispatcher.serve, connection)
-        return partial(self._on_event, connection)
+            return self._dispatcher.serve
+        return self._on_event
 
     def arm(self, connection: ServerConnection) -> None:
         """Have the port report what comes next of a connection, by its state of now."""
@@ -77,9 +77,9 @@ class Receiver:
             return
         if connection.state == AWAITING_READ:
             self._sessions.expect_progress(connection)
-            self._set_interest(connection, port.await_read, partial(self._on_read, connection))
+            self._set_interest(connection, port.await_read, self._on_read)
         elif connection.receiving is not None:
-            self._set_interest(connection, port.mute, partial(self._on_gone, connection))
+            self._set_interest(connection, port.mute, self._on_gone)
         else:
             self._set_interest(connection, port.listen, self._handler(connection))
 
@@ -87,7 +87,7 @@ class Receiver:
         self,
         connection: ServerConnection,
         interest: Callable[..., None],
-        handler: Callable[[int], None],
+        handler: Handler,
     ) -> None:
         connection.channel.handler = handler
         if connection.interest != interest:
@@ -182,5 +182,5 @@ class Receiver:
             self.arm(connection)
 
 
-def _wait_for_turn(events: int) -> None:
+def _wait_for_turn(connection: ServerConnection, events: int) -> None:
     """Do nothing: the item of the connection is in the fair queue, and finds out by itself."""

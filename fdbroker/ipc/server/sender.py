@@ -1,8 +1,9 @@
 """What the broker sends: replies, and the descriptors of loans.  It never waits for a client.
 
 `send` and `send_grant` report SENT, BLOCKED (the client must read first) or CLOSED (the session is
-over), and leave what follows to their caller.  A reply that cannot be sent at once ends the
-session; so does one to a user who leaves too many bytes of replies unread.
+over), and leave what follows to their caller.  SENT is false, and the others are true.  A reply
+that cannot be sent at once ends the session; so does one to a user who leaves too many bytes of
+replies unread.
 
 A grant is sent only when the client has read the message before it, and while its user is within
 the quota of descriptors in flight.  The kernel tells nobody what was read, so what is known is
@@ -12,11 +13,11 @@ brought up to date (`refresh_unread`) before a user is refused for it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from time import monotonic_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fdbroker.errors import QuotaExceeded, TooManyInFlight
+from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
 from fdbroker.ipc.protocol.messages import GRANTED, ONE_OF_ONE, encode_grant, pack_grant
 from fdbroker.ipc.transport import MOST_DESCRIPTORS, parcel
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server.event_loop import EventLoop
     from fdbroker.ipc.server.tuning import Tuning
     from fdbroker.lender.accounting import Account, Accounting
+    from fdbroker.lender.model import Session
 
 SENT, BLOCKED, CLOSED = range(3)
 
@@ -71,46 +73,45 @@ class Sender:
         seq: int,
         offset: int = 0,
         fresh: list[int] | None = None,
-    ) -> int:
+    ) -> int | FDBrokerError:
         """Send the descriptors of the session's loan, which is on the ledger, from `offset` on.
 
         `fresh` are sent in their place for a read-only loan, and stay the caller's.  BLOCKED:
-        nothing was sent, the client must read the message before it first.  `QuotaExceeded`,
-        `TooManyInFlight`: nothing was sent, and the client is to be told why.
+        nothing was sent, the client must read the message before it first.  An error: nothing was
+        sent, and the client is to be told why.
         """
-        channel = connection.channel
-        if channel.unread():
-            return BLOCKED
-        session = connection.session
+        channel, session = connection.channel, connection.session
+        parcels: Sequence[Any]
         if session.request.single:
             data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
-            parcels = [session.entries[0].parcel]
+            parcels = (session.entries[0].parcel,)
         else:
-            entries = session.entries[offset : offset + MOST_DESCRIPTORS]
-            parcels = [parcel(sysfd) for sysfd in fresh] if fresh else [e.parcel for e in entries]
-            data = encode_grant(seq, len(session.entries), len(parcels), session.since)
-        count = len(parcels)
-        if count != channel.in_flight:
-            self._check_in_flight(connection, count)
-            _note_in_flight(connection, count)
+            data, parcels = _general_grant(session, seq, offset, fresh)
+        if len(parcels) != channel.in_flight:
+            if channel.unread():
+                return BLOCKED
+            try:
+                self._charge_in_flight(connection, len(parcels))
+            except QuotaExceeded as error:
+                return error
         try:
-            channel.lend(data, parcels)
+            return SENT if channel.lend(data, parcels) else BLOCKED
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             return CLOSED
         except OSError as error:
             _note_in_flight(connection, 0)
             log.warning('event=not-sent %s reason="%s"', connection, error.strerror)
-            raise TooManyInFlight() from None
-        return SENT
+            return TooManyInFlight()
 
-    def _check_in_flight(self, connection: ServerConnection, count: int) -> None:
-        """Raise `QuotaExceeded` unless so many may be in flight to the connection's user."""
+    def _charge_in_flight(self, connection: ServerConnection, count: int) -> None:
+        """Have so many in flight to the connection; `QuotaExceeded` if its user may not."""
         accounting, account = self._accounting, connection.account
         try:
             accounting.check(account, "inflight", count - connection.channel.in_flight)
         except QuotaExceeded:
             self.refresh_unread()
             accounting.check(account, "inflight", count - connection.channel.in_flight)
+        _note_in_flight(connection, count)
 
     def _reads_too_little(self, account: Account) -> bool:
         """Whether the user has more bytes unread than it may; the kernel is asked only then."""
@@ -134,6 +135,15 @@ class Sender:
         for connection in self._connections:
             if account is None or account is connection.account:
                 refresh_connection(connection)
+
+
+def _general_grant(
+    session: Session, seq: int, offset: int, fresh: list[int] | None
+) -> tuple[bytes, Sequence[Any]]:
+    """The message, and what it lends, of a part of any loan."""
+    entries = session.entries[offset : offset + MOST_DESCRIPTORS]
+    parcels = [parcel(sysfd) for sysfd in fresh] if fresh else [entry.parcel for entry in entries]
+    return encode_grant(seq, len(session.entries), len(parcels), session.since), parcels
 
 
 def refresh_connection(connection: ServerConnection) -> bool:

@@ -102,7 +102,8 @@ class Server:
             stats=self.stats,
         )
         self._dispatcher = Dispatcher(
-            *(loop, lender, self._sessions, self._delivery, self._handlers, RequestCache()),
+            *(loop, lender, self._sessions, self._delivery, self._sender, self._handlers),
+            RequestCache(),
             end=self.end,
             rearm=self._rearm,
         )

@@ -21,7 +21,7 @@ from fdbroker.ipc.transport.rlimit import descriptors_in_use, limit, too_many_fi
 from fdbroker.ipc.transport.unix import MOST_DESCRIPTORS, unknown_ids
 from fdbroker.ipc.transport.unix_channel import Channel, parcel
 from fdbroker.ipc.transport.unix_listener import Listener
-from fdbroker.ipc.transport.unix_port import EMPTIED, GONE, HAS, Port, Source, now_ns
+from fdbroker.ipc.transport.unix_port import EMPTIED, GONE, HAS, Handler, Port, Source, now_ns
 
 __all__ = [
     "EMPTIED",
@@ -29,6 +29,7 @@ __all__ = [
     "HAS",
     "MOST_DESCRIPTORS",
     "Channel",
+    "Handler",
     "Listener",
     "Port",
     "Source",

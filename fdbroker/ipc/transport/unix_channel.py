@@ -23,6 +23,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fcntl import ioctl
+from typing import Any
 
 from fdbroker.errors import ProtocolError
 from fdbroker.ipc.transport import unix
@@ -38,13 +39,14 @@ from fdbroker.ipc.transport.unix import (
     SOL_SOCKET,
     queued,
 )
+from fdbroker.ipc.transport.unix_port import Handler, ignore
 
-Parcel = bytes
+Parcel = tuple[tuple[int, int, bytes]]
 
 
 def parcel(sysfd: int) -> Parcel:
     """Make what `Channel.lend` sends of a descriptor, once for each entry; `sysfd` stays open."""
-    return unix.INT.pack(sysfd)
+    return ((SOL_SOCKET, SCM_RIGHTS, unix.INT.pack(sysfd)),)
 
 
 class Channel:
@@ -52,7 +54,7 @@ class Channel:
 
     __slots__ = (
         *("_send_message", "_sock", "handler", "in_flight", "may_hold_descriptors", "number"),
-        *("peer", "receive"),
+        *("peer", "receive", "subject"),
     )
 
     def __init__(self, sock: socket.socket) -> None:
@@ -60,7 +62,8 @@ class Channel:
         sock.setblocking(False)
         self._sock = sock
         self.number = sock.fileno()
-        self.handler: Callable[[int], None] = _ignore
+        self.handler: Handler = ignore
+        self.subject: Any = None
         self.peer = unix.credentials(sock)
         # How many descriptors the last message had, unless all was read since.
         self.in_flight = 0
@@ -108,13 +111,24 @@ class Channel:
         has gone."""
         self._sock.send(data, SEND_NOW)
 
-    def lend(self, data: bytes, parcels: Sequence[Parcel]) -> None:
+    def lend(self, data: bytes, parcels: Sequence[Parcel]) -> bool:
         """Send a message with copies of these descriptors, now or never, all of it or nothing.
 
+        False: nothing was sent, since the client has to read what it was sent before.
         BlockingIOError, BrokenPipeError, ConnectionResetError as for `send`.  OSError
         (ETOOMANYREFS): too many descriptors of this process's uid are in flight.
         """
-        self._send_message((data,), ((SOL_SOCKET, SCM_RIGHTS, b"".join(parcels)),), SEND_NOW)
+        # `unread`, without the call.
+        ioctl(self.number, SIOCOUTQ, QUEUED)
+        if queued[0] >= LEAST_QUEUED:
+            return False
+        if len(parcels) == 1:
+            ancillary = parcels[0]
+        else:
+            numbers = b"".join(number for ((_, _, number),) in parcels)
+            ancillary = ((SOL_SOCKET, SCM_RIGHTS, numbers),)
+        self._send_message((data,), ancillary, SEND_NOW)
+        return True
 
     # --- the end ---
 
@@ -144,7 +158,3 @@ class Channel:
         """Close the socket.  It may block while `may_hold_descriptors`."""
         with suppress(OSError):
             self._sock.close()
-
-
-def _ignore(events: int) -> None:
-    """Do nothing with an event of a channel that nobody serves yet."""

@@ -18,13 +18,14 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
 from fcntl import LOCK_EX, LOCK_NB, flock
+from typing import Any
 
 from fdbroker.errors import AlreadyServing, BadAddress
 from fdbroker.ipc.transport import unix
 from fdbroker.ipc.transport.address import check_path
 from fdbroker.ipc.transport.unix_channel import Channel
+from fdbroker.ipc.transport.unix_port import Handler, ignore
 
 # How many connections the kernel queues (listen(2)).
 BACKLOG = 512
@@ -53,7 +54,8 @@ class Listener:
         bound: socket.socket | None = None,
     ) -> None:
         self.address = address
-        self.handler: Callable[[int], None] = _ignore
+        self.handler: Handler = ignore
+        self.subject: Any = None
         self.lasting = bound is not None  # it stays, with its queue, when this process ends
         self._file: os.stat_result | None = None  # the socket's, if it is ours to unlink
         check_path(address)
@@ -196,7 +198,3 @@ def _check_place(address: str) -> bool:
     if not stat.S_ISSOCK(mode):
         raise BadAddress(address, "what is there is no socket and is left alone: use another path")
     return True
-
-
-def _ignore(events: int) -> None:
-    """Do nothing with an event of a listener that nobody watches."""

@@ -1,9 +1,10 @@
 """The broker's source of events on Linux: one epoll.
 
 A **source** is an object with a `number`, the descriptor that epoll watches, and a `handler`, which
-the event loop calls.  A channel is a source, so is the listener, and so is a `Watched` number of
-the broker's own: a pidfd, or the pipe of its signals.  Sources are objects and not numbers because
-the kernel gives the number of a closed descriptor to the next one at once.
+the event loop calls with the `subject` and the events.  A channel is a source, so is the listener,
+and so is a `Watched` number of the broker's own: a pidfd, or the pipe of its signals.  Sources are
+objects and not numbers because the kernel gives the number of a closed descriptor to the next one
+at once.
 
 The events of a source are HAS (a message, a client or a wake-up is there), GONE (the other end has
 ended) and EMPTIED (the client has read what it was sent).  They are level-triggered: what is not
@@ -22,13 +23,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from time import CLOCK_BOOTTIME, clock_gettime_ns
-from typing import Protocol
+from typing import Any, Protocol
+
+# What is called for an event: with the subject of the source, and the events.
+Handler = Callable[[Any, int], object]
 
 
 class Source(Protocol):
     """What a port can watch: a channel, a listener, or a number of the broker's own."""
 
-    handler: Callable[[int], None]
+    handler: Handler
+    subject: Any
 
     @property
     def number(self) -> int:
@@ -54,18 +59,19 @@ now_ns = partial(clock_gettime_ns, CLOCK_BOOTTIME)
 """The time in nanoseconds, as the ledger has it: it goes on while the machine is suspended."""
 
 
-def _ignore(events: int) -> None:
+def ignore(subject: Any, events: int) -> None:
     """Do nothing with an event of a source that was dropped."""
 
 
 class Watched:
     """A number of the broker's own as a source.  The number stays the caller's."""
 
-    __slots__ = ("handler", "number")
+    __slots__ = ("handler", "number", "subject")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.handler: Callable[[int], None] = _ignore
+        self.handler: Handler = ignore
+        self.subject: Any = None
 
 
 class Port:
@@ -116,7 +122,7 @@ class Port:
         if self._sources.get(source.number) is source:
             self._epoll.unregister(source.number)
             del self._sources[source.number]
-        source.handler = _ignore
+        source.handler = ignore
 
     def wake(self) -> None:
         """Have `wait` return with the `waker`.  For any thread."""
