@@ -176,7 +176,7 @@ def test_who_dies_while_its_file_is_opened_anew_has_returned_its_loan(tmp_path, 
     os.mkfifo(tmp_path / "go")
     with broker_with(tmp_path, HANG.format("reopen_read_only")) as (client, server):
         client.put("stuck", stuck)
-        with Raw(client.address) as raw:
+        with Raw(client.address, puts=False) as raw:
             raw.send(BORROW, 1, "stuck", READONLY, None, "")
             wait_until(lambda: client.stats()["jobs"] == 1)
             assert [loan.entry for loan in client.loans()] == ["stuck"]
