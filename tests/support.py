@@ -201,13 +201,19 @@ def can_refuse_descriptors() -> bool:
         return unix.refuse_descriptors(one)
 
 
+def connect_to(address: str) -> socket.socket:
+    """A socket that is connected to the broker, and has said nothing yet."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(address)
+    return sock
+
+
 class Raw:
     """A session at a broker that sends what it is told to, right or wrong; it may put."""
 
     def __init__(self, address: str, *, hello: bool = True, puts: bool = True) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock = connect_to(address)
         self.sock.settimeout(PATIENCE)
-        self.sock.connect(address)
         if hello:
             assert self.say_hello(puts=puts) == [0, 0, 1]
 

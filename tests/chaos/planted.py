@@ -11,6 +11,7 @@ from typing import Any
 
 from fdbroker.ipc.server.jobs import Close
 from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport.unix_socket import Ancillary
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.model import Entry, LoanRequest, Session
 from fdbroker.lender.state import LenderState
@@ -76,7 +77,7 @@ def no_return_at_death() -> None:
 def cut_short() -> None:
     """Who borrows many gets the first descriptor of a message twice."""
 
-    def rights(fds: Any) -> unix.Ancillary:
+    def rights(fds: Any) -> Ancillary:
         return correctly([fds[0], fds[0], *fds[2:]] if len(fds) > 1 else fds)
 
     correctly, unix.rights = unix.rights, rights

@@ -23,7 +23,7 @@ from fdbroker.ipc.protocol.messages import (
 from fdbroker.ipc.server.connection import ENDED
 from fdbroker.ipc.server.worker_pool import CLOSING, RECEIVING, Job
 from fdbroker.ipc.transport import unix
-from fdbroker.ipc.transport.received import closing
+from fdbroker.ipc.transport.received import closer as closing
 from fdbroker.ipc.transport.rlimit import too_many_files
 from fdbroker.lender.accounting import FEW
 from fdbroker.rc import FD

@@ -1,18 +1,7 @@
-"""Sockets of SOCK_SEQPACKET: how they are made, asked, and ended, and what is sent and received.
+"""The broker's half of AF_UNIX sockets: how they are asked, what messages bring, how they end.
 
-One message is one packet with its descriptors (SCM_RIGHTS, unix(7)): it arrives whole or not at
-all.  What holds here, and where the calls stand that a function of ours would slow down (owned.py,
-borrowing.py, loan.py, putter.py; connection.py, answers.py):
-
-* Received descriptors are close-on-exec from the first instant (MSG_CMSG_CLOEXEC), and owned
-  before an interrupt can come: by an `Inbox` in the broker, whose signal handlers raise nothing,
-  and by what owned.py says in a client.
-* What does not fit or cannot be installed is *lost*, and the kernel says MSG_CTRUNC; what did fit
-  *is* installed all the same, so it is owned too.
-* An empty packet looks like the end; it is never sent, and is treated as the end.
-* The end of a session is `shutdown`: a copy of the socket in another process would hide a close.
-
-The sockets are those of `_socket`, the C half of `socket`, whose other half costs a start its time.
+The rules for both ends are in unix_socket.py.  Received descriptors are owned by an `Inbox`, in a
+process whose signal handlers raise nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +10,20 @@ import _socket
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from fdbroker._lazy import suppress
-from fdbroker.errors import NoBroker, NotPermitted
-from fdbroker.ipc.protocol.messages import DESCRIPTORS
-from fdbroker.ipc.transport.address import check_path
-from fdbroker.ipc.transport.rlimit import too_many_files
+from fdbroker.ipc.transport.unix_socket import ANCILLARY_BYTES as ANCILLARY_BYTES
+from fdbroker.ipc.transport.unix_socket import INT as INT
+from fdbroker.ipc.transport.unix_socket import LOST as LOST
+from fdbroker.ipc.transport.unix_socket import RECEIVE_NOW as RECEIVE_NOW
+from fdbroker.ipc.transport.unix_socket import SCM_RIGHTS as SCM_RIGHTS
+from fdbroker.ipc.transport.unix_socket import SEND as SEND
+from fdbroker.ipc.transport.unix_socket import SEND_NOW as SEND_NOW
+from fdbroker.ipc.transport.unix_socket import SOL_SOCKET as SOL_SOCKET
+from fdbroker.ipc.transport.unix_socket import rights as rights
+from fdbroker.ipc.transport.unix_socket import shut_down as shut_down
 
-ANCILLARY_BYTES = _socket.CMSG_SPACE(DESCRIPTORS * 4)
 CREDENTIALS_BYTES = _socket.CMSG_SPACE(struct.calcsize("3i"))  # struct ucred, unix(7)
 # ``ioctl(number, SIOCOUTQ, QUEUED)``, and queued[0] are the bytes sent that the peer has not read
 SIOCOUTQ = 0x5411  # asm-generic/ioctls.h, TIOCOUTQ; unix(7)
@@ -42,19 +36,9 @@ FEW_GROUPS = 256  # all that socket.getsockopt takes
 MANY_GROUPS = 65_536  # NGROUPS_MAX, linux/limits.h
 ALL_IDS = 2**32 - 1  # -1 is none (user_namespaces(7))
 OVERFLOW_ID = 65_534  # kernel.overflowuid and overflowgid, if nobody has set them
-# plain integers: the enums of `socket` cost a microsecond at each "&" and "|"
-RECEIVE = int(_socket.MSG_CMSG_CLOEXEC)
-RECEIVE_NOW = int(_socket.MSG_CMSG_CLOEXEC | _socket.MSG_DONTWAIT)
-SEND = int(_socket.MSG_NOSIGNAL)
-SEND_NOW = int(_socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
-LOST = int(_socket.MSG_CTRUNC)
-INT = struct.Struct("i")
-SOL_SOCKET, SCM_RIGHTS = int(_socket.SOL_SOCKET), int(_socket.SCM_RIGHTS)
 
 QUEUED = bytearray(INT.size)  # for the one thread that asks: to be given one takes twice as long
 queued = memoryview(QUEUED).cast("i")
-
-Ancillary = tuple[tuple[int, int, bytes]]
 
 
 class Inbox:
@@ -159,19 +143,8 @@ def accept_descriptors(sock: _socket.socket) -> None:
         sock.setsockopt(_socket.SOL_SOCKET, SO_PASSRIGHTS, 1)
 
 
-def rights(fds: Sequence[int]) -> Ancillary:
-    """The ancillary data that sends copies of `fds`, which stay the caller's."""
-    return ((SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds)),)
-
-
-def shut_down(sock: _socket.socket) -> None:
-    """End the session for good, whoever else holds a copy of the socket."""
-    with suppress(OSError):
-        sock.shutdown(_socket.SHUT_RDWR)
-
-
 def end(sock: _socket.socket) -> None:
-    """The same, and close it."""
+    """End the session for good, whoever else holds a copy of the socket, and close it."""
     shut_down(sock)
     sock.close()
 
@@ -253,41 +226,3 @@ def _unknown_id(kind: str) -> int | None:
     except OSError:  # no /proc
         mapped = 0
     return None if mapped >= ALL_IDS else overflow
-
-
-def client_socket() -> _socket.socket:
-    """A socket that can be connected to a broker; `TooManyFiles`."""
-    try:
-        return _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    except OSError as error:
-        raise _told(error, "") from None
-
-
-def connect(address: str, sock: _socket.socket | None = None) -> _socket.socket:
-    """Connect to the broker at the path `address`.
-
-    `NoBroker`, `NotPermitted`, `BadAddress`, `TooManyFiles`.  If this raises, the socket is
-    closed, a `sock` of the caller's too.
-    """
-    sock = client_socket() if sock is None else sock
-    try:
-        check_path(address)
-        sock.connect(address)
-    except OSError as error:
-        sock.close()
-        raise _told(error, address) from None
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _told(error: OSError, address: str) -> OSError:
-    """The error of ours that says it, or the same."""
-    if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
-        return NoBroker(address)
-    if isinstance(error, PermissionError):  # the mode of the socket, or of its folder
-        return NotPermitted(os.geteuid(), "connect")
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return too_many_files("client")
-    return error
