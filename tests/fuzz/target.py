@@ -256,7 +256,7 @@ class Target:
             size = MESSAGE_BYTES if client.pages else REPLY_BYTES
             received = ReceivedFDs()
             try:
-                received.append(client.sock.recvmsg(size, ANCILLARY_BYTES, RECEIVE_NOW))
+                received.messages.append(client.sock.recvmsg(size, ANCILLARY_BYTES, RECEIVE_NOW))
                 came = True
                 self._look_at(client, received)
             except BlockingIOError:
@@ -271,7 +271,7 @@ class Target:
 
     def _look_at(self, client: Client, received: ReceivedFDs) -> None:
         """One reply."""
-        flags = received[-1][2]
+        flags = received.messages[-1][2]
         data, numbers, lost = received.parse_last()
         if lost or flags & socket.MSG_TRUNC:
             raise Found("a reply is larger than what a client has room for")

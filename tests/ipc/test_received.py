@@ -35,6 +35,12 @@ def still_open() -> set[int]:
     return found
 
 
+def owner_of(message: object) -> ReceivedFDs:
+    received = ReceivedFDs()
+    received.messages.append(message)
+    return received
+
+
 @given(st.data())
 def test_all_that_are_ours_are_closed_and_no_other(null: int, data: st.DataObject) -> None:
     """In whatever order they came, and whichever of them somebody has closed."""
@@ -44,7 +50,7 @@ def test_all_that_are_ours_are_closed_and_no_other(null: int, data: st.DataObjec
     for number in {*numbers, *strangers} - gone:
         os.dup2(null, number)
     try:
-        ReceivedFDs([closer(numbers)]).close()
+        owner_of(closer(numbers)).close()
         assert still_open() == strangers
     finally:
         for number in still_open():
@@ -55,9 +61,9 @@ def test_what_was_closed_is_not_closed_again(null: int) -> None:
     for number in NUMBERS:
         os.dup2(null, number)
     first = closer(tuple(NUMBERS))
-    ReceivedFDs([first]).close()
+    owner_of(first).close()
     os.dup2(null, NUMBERS[3])
-    ReceivedFDs([first]).close()
+    owner_of(first).close()
     assert still_open() == {NUMBERS[3]}
     os.close(NUMBERS[3])
 
@@ -77,17 +83,17 @@ def test_message_not_parsed_is_closed(null: int, pair: Pair) -> None:
     before = os.listdir("/proc/self/fd")
     socket.send_fds(theirs, [b"x"], [null] * 20)
     received = ReceivedFDs()
-    received.append(ours.recvmsg(1, 1000, RECEIVE_NOW))
+    received.messages.append(ours.recvmsg(1, 1000, RECEIVE_NOW))
     assert len(os.listdir("/proc/self/fd")) == len(before) + 20
     received.close()
     assert os.listdir("/proc/self/fd") == before
-    assert received == []
+    assert received.messages == []
 
 
 def test_detached_descriptors_stay_open(null: int) -> None:
     for number in NUMBERS:
         os.dup2(null, number)
-    received = ReceivedFDs([closer(tuple(NUMBERS))])
+    received = owner_of(closer(tuple(NUMBERS)))
     received.detach()
     del received
     assert still_open() == set(NUMBERS)

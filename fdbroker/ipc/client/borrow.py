@@ -25,14 +25,20 @@ from fdbroker.ipc.client.fork import deferred, run_deferred
 from fdbroker.ipc.client.loan import Loan
 from fdbroker.ipc.client.pool import TRIES
 from fdbroker.ipc.client.session import NO_THREAD
-from fdbroker.ipc.protocol import messages
 from fdbroker.ipc.protocol.messages import (
     BORROW,
     EXCLUSIVE,
     GRANTED,
     HEAD,
+    MESSAGE_BYTES,
+    NAMES,
+    PURPOSE_BYTES,
     READONLY,
     REPLY_BYTES,
+    TICKET_BYTES,
+    TIMEOUT_SECONDS,
+    counts,
+    template,
     unpack_grant,
 )
 from fdbroker.ipc.transport import RECEIVE, SCM_MAX_FD, SEND
@@ -48,21 +54,21 @@ if TYPE_CHECKING:
     Key = tuple[str | bytes | tuple[str, ...], bool, str | None, float | None, str]
 
 PREPARED_BORROWS = 1024  # that are remembered
-pack_head, close_number = HEAD.pack, os.close
+close_number = os.close
 
 
 class PreparedBorrow:
     """A borrow that was checked and encoded: all that is the same when it is asked for again.
 
-    head, tail: of the message, around its seq.
+    pack(head, seq, tail): the bytes of the message.
     counts: of a grant that brings all descriptors in one message.
     arguments: of recvmsg, to receive that.
     unpack: its descriptors; struct.error if they are not as many as were asked for.
     """
 
     __slots__ = (
-        *("arguments", "counts", "exclusive", "head", "names", "several", "tail", "timeout"),
-        "unpack",
+        *("arguments", "counts", "exclusive", "head", "names", "pack", "several", "tail"),
+        *("timeout", "unpack"),
     )
 
     def __init__(
@@ -77,8 +83,9 @@ class PreparedBorrow:
     ) -> None:
         total = len(names)
         flags = EXCLUSIVE * exclusive | READONLY * readonly
-        self.head, self.tail = messages.template(BORROW, what, flags, timeout, purpose)
-        self.counts = messages.counts(total, total)
+        self.head, self.tail = template(BORROW, what, flags, timeout, purpose)
+        self.pack = struct.Struct(f"{HEAD.format}{len(self.tail)}s").pack
+        self.counts = counts(total, total)
         self.arguments = recvmsg_arguments(REPLY_BYTES, min(total, SCM_MAX_FD), RECEIVE)
         self.unpack: Callable[[bytes], tuple[int, ...]] = struct.Struct(f"{total}i").unpack
         self.several = total > 1
@@ -139,28 +146,29 @@ def borrow(pool: Pool, request: PreparedBorrow, tries: int = TRIES) -> Loan:
         session.seq = seq = session.seq + 1
         send = session.send
         try:
-            send(pack_head(request.head, seq) + request.tail, SEND)
+            pack = request.pack
+            send(pack(request.head, seq, request.tail), SEND)
         except ConnectionResetError:
             # The broker died with something of ours unread, so this request was not sent.
             raise BrokenPipeError from None
-        received, timeout = session.received, request.timeout
+        messages, timeout = session.messages, request.timeout
         if timeout is not None:
             session.wait(seq, timeout)
         elif fork.other_threads():
             session.receive()
         else:
-            received.extend(starmap(session.recvmsg, request.arguments))
-        reply, ancillary, _, _ = received[0]
+            messages.extend(starmap(session.recvmsg, request.arguments))
+        reply, ancillary, _, _ = messages[0]
         try:
-            start, of, counts, since = unpack_grant(reply)
+            start, of, counted, since = unpack_grant(reply)
             ((_, _, rights),) = ancillary
             unpack = request.unpack
             fds = unpack(rights)
-            usual = of == seq and counts == request.counts and start == GRANTED
+            usual = of == seq and counted == request.counts and start == GRANTED
         except (ValueError, struct.error):
             usual = False
         if usual:
-            received[0] = closer(fds) if request.several else map(close_number, fds)
+            messages[0] = closer(fds) if request.several else map(close_number, fds)
         else:
             fds, since = session.take_loan(seq, len(request.names), timeout)
         session.fds = fds
@@ -193,23 +201,23 @@ def check_timeout(seconds: float) -> float | None:
     """
     if not seconds >= 0:
         raise ValueError(f"a timeout is None or at least 0 seconds, not {seconds!r}")
-    return float(seconds) if seconds <= messages.TIMEOUT_SECONDS else None
+    return float(seconds) if seconds <= TIMEOUT_SECONDS else None
 
 
 def check_ticket(ticket: bytes) -> None:
     """ValueError for bytes that cannot be a ticket, TypeError for anything but bytes."""
     if not isinstance(ticket, bytes):
         raise TypeError(f"a ticket is bytes, not {type(ticket).__name__}")
-    if len(ticket) != messages.TICKET_BYTES:
-        raise ValueError(f"a ticket has {messages.TICKET_BYTES} bytes, not {len(ticket)}")
+    if len(ticket) != TICKET_BYTES:
+        raise ValueError(f"a ticket has {TICKET_BYTES} bytes, not {len(ticket)}")
 
 
 def check_purpose(purpose: str) -> None:
     """ValueError for a purpose that is too long, TypeError for anything but a str."""
     if not isinstance(purpose, str):
         raise TypeError(f"a purpose is a str, not {type(purpose).__name__}")
-    if len(purpose.encode(errors="replace")) > messages.PURPOSE_BYTES or not purpose.isprintable():
-        limit = messages.PURPOSE_BYTES
+    if len(purpose.encode(errors="replace")) > PURPOSE_BYTES or not purpose.isprintable():
+        limit = PURPOSE_BYTES
         raise ValueError(f"a purpose has at most {limit} printable bytes, not {purpose!a}")
 
 
@@ -219,7 +227,7 @@ def check_names(names: tuple[str, ...]) -> None:
         raise ValueError("borrow_all needs at least one name")
     for name in names:
         check_name(name)
-    if len(names) > messages.NAMES:
-        raise ValueError(f"at most {messages.NAMES} names can be borrowed at once")
-    if sum(map(len, names)) + 3 * len(names) > messages.MESSAGE_BYTES - 1024:  # the other fields
-        raise ValueError(f"these names take more than the {messages.MESSAGE_BYTES} bytes at once")
+    if len(names) > NAMES:
+        raise ValueError(f"at most {NAMES} names can be borrowed at once")
+    if sum(map(len, names)) + 3 * len(names) > MESSAGE_BYTES - 1024:  # the other fields
+        raise ValueError(f"these names take more than the {MESSAGE_BYTES} bytes at once")

@@ -57,12 +57,12 @@ class ClientConnection:
     closed: there is no socket any more, or not yet.
     shared_by_fork: another process has a copy, so this one sends no more messages.
     left_to_parent: this process is a forked child, and the connection stays with its parent.
-    send, recvmsg, received: of the link, where the fast path of a borrow finds them.
+    send, recvmsg, messages: of the link and of `received`, for the fast path of a borrow.
     """
 
     __slots__ = (
-        *("__weakref__", "address", "closed", "left_to_parent", "link", "received", "recvmsg"),
-        *("send", "seq", "shared_by_fork"),
+        *("__weakref__", "address", "closed", "left_to_parent", "link", "messages", "received"),
+        *("recvmsg", "send", "seq", "shared_by_fork"),
     )
     sends_fds: ClassVar[bool]
 
@@ -78,6 +78,7 @@ class ClientConnection:
             self.received = self.link.received
             self.closed = False
             fork.sessions.add(self)
+        self.messages = self.received.messages
         self.send = self.link.send
         self.recvmsg = self.link.recvmsg
         try:
@@ -130,7 +131,7 @@ class ClientConnection:
         from here.  pages: whether the reply may be as long as a page.  Any exception but a refusal
         has ended the session.
         """
-        received_before = len(self.received)
+        received_before = len(self.received.messages)
         try:
             try:
                 self.send(self.next(template(verb, *fields)), SEND)
@@ -200,7 +201,7 @@ class ClientConnection:
             code, of, fields = decode_reply(data)
             if of == seq:
                 return code, fields, fds, lost
-            self.received.close(len(self.received) - 1)
+            self.received.close(len(self.received.messages) - 1)
 
     def wait(self, seq: int, timeout: float | None, *, pages: bool = False) -> None:
         """Receive one message, which may be the reply to request `seq`.

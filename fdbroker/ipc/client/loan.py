@@ -186,14 +186,14 @@ class Loan:
             session.close_loan()
             return
         try:  # the fast path: what `close_loan` does when there are no wrappers
-            received = session.received
             if fork.other_threads():
                 with deferred_cleanup, FORK_LOCK:
-                    received.close()
+                    session.received.close()
             else:
-                for closer in received:
+                messages = session.messages
+                for closer in messages:
                     any(closer)
-                received.clear()
+                messages.clear()
             session.thread = 0  # from here on a fork does not share the session any more
             if session.shared_by_fork:
                 session.end()

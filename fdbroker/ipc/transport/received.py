@@ -1,6 +1,6 @@
-"""The one owner of received descriptors: a list that `recvmsg` itself fills, in one call into C.
+"""The one owner of received descriptors: it has a list that `recvmsg` itself fills, within C.
 
-    received.extend(starmap(sock.recvmsg, recvmsg_arguments(size, max_fds, flags)))
+    received.messages.extend(starmap(sock.recvmsg, recvmsg_arguments(size, max_fds, flags)))
 
 A signal handler may raise between any two bytecodes.  It finds a message either not yet received
 or in the list already, and so it finds no descriptor without an owner.
@@ -15,7 +15,7 @@ Both ends of a session use this class, and nothing else parses SCM_RIGHTS.  A cl
 descriptors (`receive_with`), also in a worker thread.
 
 For speed, the fast path of a borrow (client/borrow.py) replaces a message of the usual form by its
-closer itself, and the one of `Loan.close` empties the list itself.
+closer itself, and the fast path of `Loan.close` empties the list itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import _socket
 import os
 import struct
 from _operator import sub  # `operator` would add to the start of `fdbroker exec`
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count, groupby, starmap
 
 from fdbroker.ipc.transport.unix_socket import INT, LOST, SCM_RIGHTS, SOL_SOCKET
@@ -66,18 +66,19 @@ def closer(fds: tuple[int, ...]) -> Closer:
     return starmap(os.closerange, runs)
 
 
-class ReceivedFDs(list):  # type: ignore[type-arg]  # of Message, or of the Closer in its place
+class ReceivedFDs:
     """Owns the descriptors of received messages until they are closed or detached.
 
     When it is dropped it closes what it still owns, whatever became of the session.
 
+    messages: what is owned, each as recvmsg returned it, or the closer in its place.
     fds, truncated: of the message that `receive_with` received, while it is owned.
     """
 
-    __slots__ = ("fds", "truncated")
+    __slots__ = ("fds", "messages", "truncated")
 
-    def __init__(self, messages: Iterable[Message | Closer] = ()) -> None:
-        super().__init__(messages)
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
         self.fds: tuple[int, ...] = ()
         self.truncated = False
 
@@ -88,7 +89,7 @@ class ReceivedFDs(list):  # type: ignore[type-arg]  # of Message, or of the Clos
         which can take long, and then `truncated` is true.  Returns the bytes; raises OSError,
         BlockingIOError among it, if nothing was received.
         """
-        self.extend(starmap(sock.recvmsg, ((size, exact_room(max_fds), flags),)))
+        self.messages.extend(starmap(sock.recvmsg, ((size, exact_room(max_fds), flags),)))
         data, self.fds, self.truncated = self.parse_last()
         return data
 
@@ -97,10 +98,10 @@ class ReceivedFDs(list):  # type: ignore[type-arg]  # of Message, or of the Clos
 
         Returns its bytes, its descriptors, and whether others were lost on the way (MSG_CTRUNC).
         """
-        message: Message = self[-1]
+        message: Message = self.messages[-1]
         data, ancillary, flags, _ = message
         fds = _fds_in(ancillary)
-        self[-1] = closer(fds)
+        self.messages[-1] = closer(fds)
         return data, fds, bool(flags & LOST)
 
     def close(self, start: int = 0) -> None:
@@ -109,28 +110,30 @@ class ReceivedFDs(list):  # type: ignore[type-arg]  # of Message, or of the Clos
         Those messages are removed from the list.  A number that something else has closed already
         is passed over.
         """
-        for place in range(start, len(self)):
-            if isinstance(self[place], tuple):
-                self[place] = closer(_fds_in(self[place][1]))
+        messages = self.messages
+        for place in range(start, len(messages)):
+            if isinstance(messages[place], tuple):
+                messages[place] = closer(_fds_in(messages[place][1]))
             while True:
                 try:
-                    any(self[place])
+                    any(messages[place])
                     break
                 except OSError:
                     # This number is gone (close(2): never retry), so go on with the next one.
                     continue
-        del self[start:]
+        del messages[start:]
         self.fds, self.truncated = (), False
 
     def detach(self) -> tuple[int, ...]:
         """Give up the ownership of everything; returns `fds`, which the caller must close."""
         fds = self.fds
-        self.clear()
+        self.messages.clear()
         self.fds, self.truncated = (), False
         return fds
 
     def __del__(self) -> None:
-        self.close()
+        if getattr(self, "messages", None):  # an interrupted constructor may not have set it
+            self.close()
 
 
 def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:

@@ -84,13 +84,13 @@ class Link:
 
         An empty message is the end of the session.
         """
-        self.received.extend(starmap(self.recvmsg, ((size, ANCILLARY_BYTES, RECEIVE),)))
+        self.received.messages.extend(starmap(self.recvmsg, ((size, ANCILLARY_BYTES, RECEIVE),)))
 
     def receive_now(self, size: int) -> bool:
         """Take a message if there is one, as `receive` does; returns whether there was one."""
         arguments = (size, ANCILLARY_BYTES, RECEIVE_NOW)
         try:
-            self.received.extend(starmap(self.recvmsg, (arguments,)))
+            self.received.messages.extend(starmap(self.recvmsg, (arguments,)))
         except BlockingIOError:
             return False
         return True
