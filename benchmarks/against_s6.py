@@ -17,7 +17,6 @@ import time
 
 import fdbroker
 import fdbroker.ipc.client.client
-import fdbroker.ipc.client.shared
 from benchmarks.attacks import ATTACKS, Told, sixty
 from benchmarks.harness import commit
 from benchmarks.subjects import ROOT, SUBJECTS, Fdbroker, missing, version

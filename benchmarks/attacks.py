@@ -21,8 +21,7 @@ import time
 from collections.abc import Callable
 
 import fdbroker
-import fdbroker.ipc.client.client  # before anybody is a user who cannot read it
-import fdbroker.ipc.client.shared
+import fdbroker.ipc.client.client  # imported before anybody is a user who cannot read it
 from benchmarks.subjects import (
     CROWD,
     EACH,

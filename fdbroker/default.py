@@ -7,8 +7,8 @@ from fdbroker.ipc.transport.address import default_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from fdbroker.ipc.client import Loan
     from fdbroker.ipc.client.client import HasFileno
-    from fdbroker.ipc.client.loan import Loan
 
 _address: str | None = None
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from fdbroker.errors import BrokerStartError
 from fdbroker.ipc.client.client import Client, forget_client_at
-from fdbroker.ipc.client.pool import cut_off
+from fdbroker.ipc.client.pool import disconnect_all
 
 START_SECONDS = 30.0
 END_SECONDS = 5.0  # beside the drain, for the process to end
@@ -117,7 +117,7 @@ class Broker(Client):
             self._process.returncode = 0  # not this process's child, so not its to wait for
             return
         forget_client_at(self.address)
-        cut_off(self.address)
+        disconnect_all(self.address)
         if self._process.poll() is None:
             self._process.terminate()
             try:

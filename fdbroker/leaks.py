@@ -166,11 +166,11 @@ def _kept_for_life() -> set[int]:
             numbers.add(value)
     if "fdbroker.ipc.client.connection" in sys.modules:
         from fdbroker.ipc.client import fork
-        from fdbroker.ipc.client.connection import Wire
+        from fdbroker.ipc.client.connection import ClientConnection
 
         for session in list(fork.sessions):
-            if isinstance(session, Wire) and not session.over:
-                numbers.add(session.sock.fileno())
+            if isinstance(session, ClientConnection) and not session.closed:
+                numbers.add(session.link.fileno())
     return numbers
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from fdbroker.embedded import Broker
-    from fdbroker.ipc.client.loan import Loan
+    from fdbroker.ipc.client import Loan
     from fdbroker.leaks import LeakCheck
 
 HOST = "127.0.0.1"

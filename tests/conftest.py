@@ -136,13 +136,13 @@ def let_go(broker: fdbroker.Broker) -> None:
 
     gc.collect()
     for other in [broker, *client._clients.values()]:
-        for sessions in (other._pool.idle, other._pool.putters):
+        for sessions in (other._pool.idle, other._pool.put_sessions):
             while sessions:
                 sessions.pop().end()
     client._clients.clear()
-    pool._owning.clear()
-    while connection.until_exit:
-        connection.until_exit.pop().end()
+    pool._orphans.clear()
+    while connection.kept_until_exit:
+        connection.kept_until_exit.pop().end()
 
 
 @pytest.fixture(scope="session")

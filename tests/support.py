@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 
 import fdbroker
-from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport import unix_channel
 
 PATIENCE = 20.0  # seconds; what takes longer has failed
 kept: dict[str, Any] = {}  # what the functions of another process leave for the next ones
@@ -198,16 +198,22 @@ def can_refuse_descriptors() -> bool:
     """Whether the kernel has SO_PASSRIGHTS (Linux 6.16)."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with one, other:
-        return unix.refuse_descriptors(one)
+        return unix_channel.refuse_descriptors(one)
+
+
+def connect_to(address: str) -> socket.socket:
+    """A socket that is connected to the broker, and has said nothing yet."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(address)
+    return sock
 
 
 class Raw:
     """A session at a broker that sends what it is told to, right or wrong; it may put."""
 
     def __init__(self, address: str, *, hello: bool = True, puts: bool = True) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock = connect_to(address)
         self.sock.settimeout(PATIENCE)
-        self.sock.connect(address)
         if hello:
             assert self.say_hello(puts=puts) == [0, 0, 1]
 

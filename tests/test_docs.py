@@ -16,7 +16,7 @@ import pytest
 from benchmarks.table import goals, table
 from fdbroker.cli import COMMANDS, loans, ls, stats
 from fdbroker.cli.status import MEANINGS
-from fdbroker.ipc.client.client import EntryInfo, LoanInfo, Usage
+from fdbroker.ipc.client import EntryInfo, LoanInfo, Usage
 from fdbroker.lender.accounting import DEFAULT, RESOURCES
 
 ROOT = Path(__file__).parents[1]

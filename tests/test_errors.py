@@ -454,7 +454,7 @@ def misconfigure(_: str) -> None:
 
 @raises(errors.ProtocolError)
 def say_what_is_in_no_table(address: str) -> None:
-    Session.open(address, Pool(address)).request(LOANS, "x" * 300, 0, 0)
+    Session.open(address, Pool(address).release).request(LOANS, "x" * 300, 0, 0)
 
 
 @raises(errors.VersionMismatch)

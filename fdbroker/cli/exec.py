@@ -2,8 +2,10 @@
 
 The session of the loan stays open in the program, at a high number that nobody uses: so the loan
 lasts as long as any process has it, the program or a child that it forked, and the broker is told
-of the end by the kernel.  This process and all that it imports are gone by then; what it imports
-is what everybody waits for who starts a server, so it is kept short.
+of the end by the kernel.
+
+Whoever starts a server waits for what this module imports, so it borrows with `Pool` and `borrow`,
+and has a `Client` only where one is needed: to make an entry, and to suggest a name.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from fdbroker.errors import (
     NoBroker,
     UnknownEntry,
 )
-from fdbroker.ipc.client.client import Client
+from fdbroker.ipc.client.borrow import borrow, encode_borrow
+from fdbroker.ipc.client.pool import Pool
+from fdbroker.ipc.transport.address import default_address
 from fdbroker.lender.names import check_name
 
 TYPE_CHECKING = False
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import NoReturn
 
-    from fdbroker.ipc.client.loan import Loan
+    from fdbroker.ipc.client import Client, Loan
 
 FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 IGNORED_BY_PYTHON = SIGPIPE, SIGXFSZ  # at its start, and an exec would pass that on (signal(7))
@@ -219,7 +223,7 @@ class Borrower:
     def __init__(
         self, address: str | None, wait: float, purpose: str, listen: dict[str, str]
     ) -> None:
-        self._client = Client(address)
+        self._pool = Pool(default_address() if address is None else address)
         self._deadline = monotonic() + wait
         self._purpose = purpose
         self._listen = listen
@@ -256,9 +260,8 @@ class Borrower:
             try:
                 timeout = self._left() if waits else 0.0
                 try:
-                    return self._client.borrow_all(
-                        names, exclusive=exclusive, timeout=timeout, purpose=self._purpose
-                    )
+                    key = tuple(names), exclusive, None, timeout, self._purpose
+                    return borrow(self._pool, encode_borrow(key))
                 except UnknownEntry as error:
                     self._make(error)
             except (NoBroker, BrokerClosing, BrokerGone, EntryRetired):
@@ -267,23 +270,29 @@ class Borrower:
                 sleep(min(PAUSE, self._left()))
 
     def _make(self, missing: UnknownEntry) -> None:
-        """Make and put it, if it was said how, unless another process has done so meanwhile."""
+        """Make the missing entry if ``--listen`` says how, unless another process does so first."""
+        from fdbroker.ipc.client.client import Client, with_nearest
+
         name = missing.name
         address = self._listen.get(name)
-        if address is None or (name in self._made and not self._left()):
-            raise missing
+        with Client(self._pool.address) as client:
+            if address is None or (name in self._made and not self._left()):
+                raise with_nearest(client, missing)
+            self._made.add(name)
+            self._put_listener(client, name, address)
+
+    def _put_listener(self, client: Client, name: str, address: str) -> None:
         from fdbroker.cli import making
 
-        self._made.add(name)
         try:
-            fd = making.make_unless_there(self._client, name, "listen", address)
+            fd = making.make_unless_there(client, name, "listen", address)
         except OSError as error:
             if not isinstance(error, FDBrokerError):
                 error.filename = address
             raise
         if fd is not None:
             with suppress(NameTaken):
-                making.put(self._client, name, "listen", fd)
+                making.put(client, name, "listen", fd)
 
 
 def _become(

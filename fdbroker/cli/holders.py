@@ -17,7 +17,7 @@ from fdbroker.cli.output import complain, printable
 from fdbroker.errors import FDBrokerError
 
 if TYPE_CHECKING:
-    from fdbroker.ipc.client.client import Client
+    from fdbroker.ipc.client import Client
 
 MOMENT_SECONDS = 0.2
 EVERY_SECONDS = 0.5

@@ -8,7 +8,7 @@ from time import time
 from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import complain, print_json, print_table, user
 from fdbroker.errors import UnknownEntry, duration
-from fdbroker.ipc.client.client import Client, LoanInfo
+from fdbroker.ipc.client import Client, LoanInfo
 from fdbroker.lender.names import check_name
 
 HEADER = (

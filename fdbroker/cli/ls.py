@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import complain, print_json, print_table
-from fdbroker.ipc.client.client import Client, EntryInfo
+from fdbroker.ipc.client import Client, EntryInfo
 
 HEADER = ("NAME", "KIND", "STATE", "GENERATION", "LOANS", "WAITING", "WHERE")
 

@@ -23,7 +23,7 @@ from fdbroker.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from fdbroker.ipc.client.client import Client
+    from fdbroker.ipc.client import Client
 
 RACE_SECONDS = 2.0  # for another process to put what it has bound
 PAUSE = 0.02

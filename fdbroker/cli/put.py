@@ -17,7 +17,7 @@ from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import complain
 from fdbroker.cli.status import DONE, Misuse, status_of
 from fdbroker.errors import FDBrokerError, NameTaken, NotPermitted
-from fdbroker.ipc.client.client import Client, EntryInfo
+from fdbroker.ipc.client import Client, EntryInfo
 from fdbroker.lender.names import check_name
 
 RESOURCES = {  # how one is made: the metavar, and its help

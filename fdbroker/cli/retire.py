@@ -10,7 +10,7 @@ from fdbroker.cli.holders import Holders
 from fdbroker.cli.options import add_socket, seconds
 from fdbroker.cli.output import complain
 from fdbroker.errors import NotPermitted
-from fdbroker.ipc.client.client import Client
+from fdbroker.ipc.client import Client
 from fdbroker.lender.names import check_name
 
 

@@ -6,7 +6,7 @@ import argparse
 
 from fdbroker.cli.options import add_socket
 from fdbroker.cli.output import print_json, print_table, user, write
-from fdbroker.ipc.client.client import Client, Usage
+from fdbroker.ipc.client import Client, Usage
 from fdbroker.lender.accounting import RESOURCES
 
 HEADER = ("USER", *map(str.upper, RESOURCES))

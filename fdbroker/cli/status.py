@@ -80,7 +80,7 @@ def _with_names(text: str, error: errors.BorrowTimeout) -> str:
     """The same, with the name of each process that has it."""
     from time import time
 
-    from fdbroker.ipc.client.processes import name_of
+    from fdbroker.ipc.client.info import name_of
 
     for pid, _, held, _ in error.holders:
         name = name_of(pid, time() - held)

@@ -17,28 +17,26 @@ A client needs only the names and the records, so the names below load their mod
 
 from __future__ import annotations
 
+from fdbroker._lazy import exported
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from fdbroker.lender.ledger import Ledger as Ledger
+    from fdbroker.lender.lender import Lender as Lender
+    from fdbroker.lender.model import Entry as Entry
+    from fdbroker.lender.model import LoanRequest as LoanRequest
+    from fdbroker.lender.model import Peer as Peer
+    from fdbroker.lender.model import Session as Session
 
-    from fdbroker.lender.ledger import Ledger
-    from fdbroker.lender.lender import Lender
-    from fdbroker.lender.model import Entry, LoanRequest, Peer, Session
-
-_HOMES = {
-    "Entry": "model",
-    "Ledger": "ledger",
-    "Lender": "lender",
-    "Peer": "model",
-    "Session": "model",
-    "LoanRequest": "model",
-}
 __all__ = ["Entry", "Ledger", "Lender", "LoanRequest", "Peer", "Session"]
-
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fdbroker.lender' has no attribute {name!r}")
-    return getattr(import_module(f"fdbroker.lender.{_HOMES[name]}"), name)
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        "Entry": "fdbroker.lender.model",
+        "Ledger": "fdbroker.lender.ledger",
+        "Lender": "fdbroker.lender.lender",
+        "LoanRequest": "fdbroker.lender.model",
+        "Peer": "fdbroker.lender.model",
+        "Session": "fdbroker.lender.model",
+    },
+)

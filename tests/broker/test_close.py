@@ -22,7 +22,6 @@ QUICK = 1.0  # seconds; the close would take ten
 
 SLOW_TO_CLOSE = """
     import struct
-    from fdbroker.ipc.transport import unix
     from fdbroker.ipc.protocol.messages import *
     server = socket.create_server(("127.0.0.1", 0))
     sock = socket.create_connection(server.getsockname())
@@ -164,7 +163,8 @@ def test_what_was_sent_unasked_holds_up_nobody(broker, maker, others, way, greet
             return what.fileno()
         def send(message, *what):
             wire.sendmsg((encode(message),), rights(*what) if what else [])
-        wire = unix.connect({broker.address!r})
+        wire = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        wire.connect({broker.address!r})
     """)
     if greeted:
         maker.do("send([HELLO, 0, VERSION, True]); wire.recv(100)")

@@ -6,9 +6,7 @@ import os
 import select
 import socket
 
-from support import BORROW, RETURN, Raw, start_fork, wait_until
-
-from fdbroker.ipc.transport import unix
+from support import BORROW, RETURN, Raw, connect_to, start_fork, wait_until
 
 from .planted import broker_with
 
@@ -26,7 +24,7 @@ def is_over(sock: socket.socket) -> bool:
 def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(tmp_path):
     with broker_with(tmp_path, SHORT, IMPATIENT) as (client, server):
         before = client._pool.idle[0]
-        silent = [unix.connect(client.address) for _ in range(3)]
+        silent = [connect_to(client.address) for _ in range(3)]
         assert all(map(is_over, silent))
         for sock in silent:
             sock.close()
@@ -35,7 +33,7 @@ def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(tmp_path):
         said = (tmp_path / "stderr").read_text()
         assert said.count("reason=it-said-no-hello") == 3
         used = server.cpu_seconds()
-        late = unix.connect(client.address)  # as long as that takes nothing happens
+        late = connect_to(client.address)  # as long as that takes nothing happens
         assert is_over(late)
         late.close()
         assert server.cpu_seconds() - used < 0.2
@@ -43,8 +41,8 @@ def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(tmp_path):
 
 def test_one_that_leaves_before_is_not_spoken_of(tmp_path):
     with broker_with(tmp_path, SHORT, IMPATIENT) as (client, _):
-        unix.connect(client.address).close()
-        silent = unix.connect(client.address)
+        connect_to(client.address).close()
+        silent = connect_to(client.address)
         assert is_over(silent)
         silent.close()
         wait_until(lambda: client.stats()["connections"] == 1)

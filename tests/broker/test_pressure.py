@@ -12,12 +12,11 @@ import select
 import time
 
 import pytest
-from support import open_files, wait_until
+from support import connect_to, open_files, wait_until
 
 import fdbroker
 from fdbroker.errors import TooManyFiles
 from fdbroker.ipc.protocol.messages import HELLO, VERSION, encode
-from fdbroker.ipc.transport import unix
 
 from .puppet import Process, Puppet
 
@@ -59,7 +58,7 @@ class Crowd:
 
     def come(self) -> None:
         """One more."""
-        sock = unix.connect(self.address)
+        sock = connect_to(self.address)
         sock.send(encode([HELLO, 0, VERSION]))
         (self.served if is_answered(sock, 0.3) else self.queued).append(sock)
 
@@ -111,7 +110,7 @@ def test_a_full_table_does_not_spin_and_the_queue_is_served_when_others_leave(sm
 def test_who_gives_up_in_the_queue_is_in_nobodys_way(small):
     with Crowd(small.address) as crowd:
         for _ in range(20):
-            unix.connect(small.address).close()
+            connect_to(small.address).close()
         crowd.come()
         crowd.leave(3)
         wait_until(lambda: all(map(is_answered, crowd.queued)), SOON)
@@ -222,7 +221,7 @@ def test_a_shortage_that_ends_unseen_is_seen():
         soft, hard = resource.prlimit(broker.pid, resource.RLIMIT_NOFILE)
         lowest_free = min(set(range(soft)) - set(open_files(broker.pid)))
         resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (lowest_free, hard))
-        with contextlib.closing(unix.connect(broker.address)) as sock:
+        with contextlib.closing(connect_to(broker.address)) as sock:
             sock.send(encode([HELLO, 0, VERSION]))
             assert not is_answered(sock, 0.3)
             resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (soft, hard))

@@ -117,7 +117,7 @@ def test_with_100_loans_out_the_reader_sees_the_end_after_the_last(broker, borro
         assert pipe.at_its_end()
 
 
-def _live(broker: fdbroker.Broker) -> list[fdbroker.ipc.client.client.EntryInfo]:
+def _live(broker: fdbroker.Broker) -> list[fdbroker.ipc.client.EntryInfo]:
     """The entries that can be borrowed."""
     found = []
     for entry in broker.entries():

@@ -51,7 +51,7 @@ class Dying(Cast):
 
     # --- what a nurse looks at ---
 
-    def loans_of(self, pid: int) -> list[fdbroker.ipc.client.client.LoanInfo]:
+    def loans_of(self, pid: int) -> list[fdbroker.ipc.client.LoanInfo]:
         return [loan for loan in self.client.loans() if loan.pid == pid]
 
     def is_back(self, pid: int) -> None:

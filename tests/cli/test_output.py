@@ -20,7 +20,7 @@ import fdbroker
 from fdbroker.cli import status
 from fdbroker.cli.output import printable
 from fdbroker.errors import duration
-from fdbroker.ipc.client.client import EntryInfo, LoanInfo
+from fdbroker.ipc.client import EntryInfo, LoanInfo
 
 from .kit import command, complaint, put_memory, start, succeeds, words
 

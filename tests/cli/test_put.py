@@ -20,7 +20,7 @@ from fdbroker.errors import NameTaken
 from .kit import command, complaint, put_memory, start, succeeds
 
 
-def entry(broker: fdbroker.Broker, name: str) -> fdbroker.ipc.client.client.EntryInfo:
+def entry(broker: fdbroker.Broker, name: str) -> fdbroker.ipc.client.EntryInfo:
     (found,) = (e for e in broker.entries() if e.name == name and not e.retired)
     return found
 

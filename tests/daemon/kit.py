@@ -47,7 +47,7 @@ class Served:
 
         return wait_until(found)
 
-    def entries(self) -> dict[str, fdbroker.ipc.client.client.EntryInfo]:
+    def entries(self) -> dict[str, fdbroker.ipc.client.EntryInfo]:
         """By name; those that are live."""
         return {entry.name: entry for entry in self.client.entries() if not entry.retired}
 

@@ -17,7 +17,9 @@ from collections.abc import Iterable, Sequence
 import msgpack
 
 from fdbroker.errors import ProtocolError, QuotaExceeded
-from fdbroker.ipc.transport import received as owned
+from fdbroker.ipc.protocol.messages import MESSAGE_BYTES, REPLY_BYTES
+from fdbroker.ipc.transport.received import ReceivedFDs
+from fdbroker.ipc.transport.unix_socket import ANCILLARY_BYTES, RECEIVE_NOW
 from fdbroker.lender.model import LENT, Entry
 from fuzz import contract, steps
 from fuzz.palette import BROKERS_LISTENER, KINDS, MOST, OTHER_CONNECTION, OWN_CONNECTION, Palette
@@ -251,10 +253,10 @@ class Target:
         """Read what is there, with as much room as the real client has: whether there was any."""
         came = False
         while not client.over:
-            (room,) = owned.ONE_PAGE_NOW if client.pages else owned.ONE_MESSAGE_NOW
-            received = owned.Numbers()
+            size = MESSAGE_BYTES if client.pages else REPLY_BYTES
+            received = ReceivedFDs()
             try:
-                received.append(client.sock.recvmsg(*room))
+                received.messages.append(client.sock.recvmsg(size, ANCILLARY_BYTES, RECEIVE_NOW))
                 came = True
                 self._look_at(client, received)
             except BlockingIOError:
@@ -264,13 +266,13 @@ class Target:
             except (OSError, MemoryError, OverflowError) as error:
                 raise Found(f"a client has no room for a reply ({error!r})") from None
             finally:
-                owned.close(received)
+                received.close()
         return came
 
-    def _look_at(self, client: Client, received: owned.Numbers) -> None:
+    def _look_at(self, client: Client, received: ReceivedFDs) -> None:
         """One reply."""
-        flags = received[-1][2]
-        data, numbers, lost = owned.look_at_last(received)
+        flags = received.messages[-1][2]
+        data, numbers, lost = received.parse_last()
         if lost or flags & socket.MSG_TRUNC:
             raise Found("a reply is larger than what a client has room for")
         if not data:

@@ -25,7 +25,7 @@ from fdbroker import descriptors
 from fdbroker.ipc.protocol import messages
 from fdbroker.ipc.server import acceptor, event_loop
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport import parcel, unix_channel
 from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.lender import Lender
 from fdbroker.lender.ledger import Ledger
@@ -118,8 +118,8 @@ class World:
         self.offset = 0  # nanoseconds that the clock is put forward, and never back
         self.clock = event_loop.clock_gettime_ns
         event_loop.clock_gettime_ns = lambda which: self.clock(which) + self.offset
-        self.refuse = unix.refuse_descriptors
-        unix.refuse_descriptors = self._refuse_descriptors
+        self.refuse = unix_channel.refuse_descriptors
+        unix_channel.refuse_descriptors = self._refuse_descriptors
         self.old_kernel = False
         self.address = os.path.join(self.folder, "socket")
         self.ledger = Ledger(bytearray(Ledger.size(*ROOM)), *ROOM)
@@ -145,7 +145,7 @@ class World:
             while not entry.fd.closed:
                 entry.fd.decref()
         event_loop.clock_gettime_ns = self.clock
-        unix.refuse_descriptors = self.refuse
+        unix_channel.refuse_descriptors = self.refuse
         self.log.removeHandler(self.complaints)
         self.log.propagate = self.log_before[0]
         self.log.setLevel(self.log_before[1])
@@ -155,7 +155,7 @@ class World:
         """As it was made; an input comes."""
         self.old_kernel = old_kernel
         # connections inherit it from the listener
-        (unix.accept_descriptors if old_kernel else self.refuse)(self.server.listener.sock)
+        (unix_channel.accept_descriptors if old_kernel else self.refuse)(self.server.listener.sock)
         messages.KNOWN.clear()
         self.server.set_rules(RULES)  # forgets what the others said
 
@@ -260,7 +260,7 @@ class World:
             kind, where = descriptors.inspect(sysfd)
             now = self.server.now
             entry = lender.put(None, 0, name, b"", FD(sysfd), kind, now, uid=os.geteuid())
-            entry.target, entry.ancillary = where, unix.rights((entry.sysfd,))
+            entry.target, entry.parcel = where, parcel(entry.sysfd)
             self.standing[name] = entry.generation
 
     def now_open(self) -> Counter[str]:

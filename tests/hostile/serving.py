@@ -22,7 +22,7 @@ from fdbroker.daemon import log  # noqa: F401
 from fdbroker.daemon.serve import serve as daemon_serve
 from fdbroker.ipc.server.event_loop import SECOND
 from fdbroker.ipc.server.tuning import Tuning
-from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport import unix_channel
 
 from .target import become, unshare
 
@@ -32,7 +32,7 @@ CLONE_NEWPID = 0x20000000  # linux/sched.h
 def main(how: dict[str, Any], arguments: list[str]) -> int:
     """What the command returns."""
     if how["passes_rights"]:  # a kernel before 6.16
-        unix.refuse_descriptors = lambda sock: False
+        unix_channel.refuse_descriptors = lambda sock: False
     if how["patience"]:
         tuning = Tuning(handshake=int(how["patience"] * SECOND))
         assert daemon_serve.__kwdefaults__ is not None

@@ -47,7 +47,7 @@ from support import (
 import fdbroker
 from fdbroker.errors import TooManyInFlight
 from fdbroker.ipc.client.client import forget_client_at
-from fdbroker.ipc.client.pool import cut_off
+from fdbroker.ipc.client.pool import disconnect_all
 
 ALICE, BOB, CAROL, EVE, KEEPER = range(65_520, 65_525)  # uids; nobody has an account for them
 TESTS = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ class Target:
         """End it; what it has said until then is looked at where it was attacked."""
         self.client.close()
         forget_client_at(self.address)
-        cut_off(self.address)
+        disconnect_all(self.address)
         self.good.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)

@@ -13,7 +13,8 @@ import pytest
 from support import Raw, in_fork, open_files
 
 import fdbroker
-from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport import unix_socket
+from fdbroker.ipc.transport.received import ReceivedFDs
 
 PACKAGE = Path(fdbroker.__file__).parent
 
@@ -28,13 +29,12 @@ def test_a_control_buffer_that_is_too_small(sent: int, installed: int) -> None:
     with one, other:
         socket.send_fds(one, [b"x"], [writer] * sent)
         os.close(writer)
-        inbox = unix.Inbox()
+        received = ReceivedFDs()
         room = socket.CMSG_SPACE(struct.calcsize("i"))
-        inbox.raw.append(other.recvmsg_into([bytearray(1)], room, unix.RECEIVE))
-        assert inbox.sort() == 1
-        assert (len(inbox.fds), inbox.truncated) == (installed, sent > installed)
-        assert all(not os.get_inheritable(number) for number in inbox.fds)
-        inbox.close()
+        assert received.receive_exactly(other, 1, room, unix_socket.RECEIVE) == (b"x", True)
+        assert (len(received.fds), received.truncated) == (installed, sent > installed)
+        assert all(not os.get_inheritable(number) for number in received.fds)
+        received.close()
     assert os.read(reader, 1) == b""  # nobody has it
     os.close(reader)
     assert open_files() == before
@@ -47,7 +47,7 @@ def test_nothing_is_peeked_at() -> None:
         socket.send_fds(one, [b"x"], [0])
         numbers = []
         for flags in (socket.MSG_PEEK, socket.MSG_PEEK, 0):
-            _, [(_, _, data)], _, _ = other.recvmsg(1, 24, flags | unix.RECEIVE)
+            _, [(_, _, data)], _, _ = other.recvmsg(1, 24, flags | unix_socket.RECEIVE)
             numbers += struct.unpack("i", data)
     assert len(set(numbers)) == 3
     for number in numbers:

@@ -21,7 +21,7 @@ from support import BORROW, PATIENCE, RETURN, Raw, become, in_fork, start_fork
 
 import fdbroker
 from fdbroker.ipc.client.client import forget_client_at
-from fdbroker.ipc.client.pool import cut_off
+from fdbroker.ipc.client.pool import disconnect_all
 from fdbroker.ipc.protocol.messages import HEAD, template
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.transport.unix_listener import Listener
@@ -121,7 +121,7 @@ class Ruled:
     def __exit__(self, *_: object) -> None:
         self.client.close()
         forget_client_at(self.address)
-        cut_off(self.address)
+        disconnect_all(self.address)
         self._control.close()  # it drains then
         self._wait()
         said = "\n".join(self.log())

@@ -62,7 +62,7 @@ def test_the_gate_is_free_while_what_interrupted_it_is_kept() -> None:
     """A traceback holds frames, and a frame whatever it has entered."""
 
     def interrupted() -> None:
-        with fork.catching_up, fork.GATE:
+        with fork.deferred_cleanup, fork.FORK_LOCK:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as kept:
@@ -70,8 +70,8 @@ def test_the_gate_is_free_while_what_interrupted_it_is_kept() -> None:
     got: list[bool] = []
 
     def take() -> None:
-        got.append(fork.GATE.acquire(timeout=5))
-        fork.GATE.release()
+        got.append(fork.FORK_LOCK.acquire(timeout=5))
+        fork.FORK_LOCK.release()
 
     thread = threading.Thread(target=take)
     thread.start()

@@ -92,7 +92,7 @@ def test_an_idle_session_that_has_ended_is_replaced(address: str) -> None:
     with fake_broker(address, serve, serve), fdbroker.Client(address) as client:
         client.stats()
         poll = select.poll()
-        poll.register(client._pool.idle[0].sock, select.POLLIN)
+        poll.register(client._pool.idle[0].link, select.POLLIN)
         assert poll.poll(20_000)[0][1] & select.POLLHUP
         client.stats()
 
@@ -262,7 +262,7 @@ def test_a_session_that_died_with_a_return_unread_is_replaced(
     with fake_broker(address, lend_and_go, lend), fdbroker.Client(address) as client:
         client.borrow("data").close()
         (idle,) = client._pool.idle
-        select.select([idle.sock], [], [])  # its end
+        select.select([idle.link], [], [])  # its end
         client.borrow("data").close()
 
 

@@ -440,7 +440,7 @@ shared = client.borrow("data")
 reader, writer = os.pipe()
 pid = os.fork()
 assert cut_short == [KeyboardInterrupt]
-assert shared._session.split
+assert shared._session.shared_by_fork
 if pid == 0:
     with client.borrow("data"):
         (found,) = [loan for loan in client.loans() if loan.pid == os.getpid()]

@@ -66,9 +66,9 @@ def is_free() -> bool:
     got: list[bool] = []
 
     def try_it() -> None:
-        got.append(fork.GATE.acquire(timeout=5))
+        got.append(fork.FORK_LOCK.acquire(timeout=5))
         if got[0]:
-            fork.GATE.release()
+            fork.FORK_LOCK.release()
 
     thread = threading.Thread(target=try_it)
     thread.start()

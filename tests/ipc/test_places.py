@@ -20,7 +20,7 @@ from support import open_files, wait_until
 import fdbroker
 from fdbroker.ipc.client import fork
 
-CLIENT = str(Path(fork.__file__).parent)  # the code that is interrupted
+CLIENT = str(Path(fork.__file__).parents[1])  # the code that is interrupted, with its transport
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_loan_whose_finalizer_is_interrupted_leaves_no_descriptor(
             del loan
         del file
         gc.collect()
-        fork.catch_up()
+        fork.run_deferred()
         assert copies(data_file) == 1
 
     with another_thread() if threads else contextlib.nullcontext():
@@ -111,7 +111,7 @@ def test_an_interrupted_return_spoils_no_session_of_another(
         with tracer.running():
             loan.close()
         if threads:  # else there is nobody to whom it would matter, and it is replaced
-            assert all(not session.over for session in broker._pool.idle)
+            assert all(not session.closed for session in broker._pool.idle)
         del loan, file
         gc.collect()
         assert copies(data_file) == 1

@@ -30,19 +30,19 @@ from support import (
 
 import fdbroker
 from fdbroker.errors import BrokerGone, ProtocolError
-from fdbroker.ipc.client.connection import until_exit
+from fdbroker.ipc.client.connection import kept_until_exit
 
 SIOCOUTQ = 0x5411
 
 
 def interrupted(broker: fdbroker.Broker, put: Callable[[], object]) -> None:
     """KeyboardInterrupt while the answer to a put is waited for."""
-    (putter,) = broker._pool.putters
+    (session,) = broker._pool.put_sessions
     main = threading.main_thread().ident
     assert main is not None
 
     def interrupt() -> None:
-        wait_until(lambda: struct.unpack("i", fcntl.ioctl(putter.sock, SIOCOUTQ, bytes(4)))[0])
+        wait_until(lambda: struct.unpack("i", fcntl.ioctl(session.link, SIOCOUTQ, bytes(4)))[0])
         signal.pthread_kill(main, signal.SIGINT)
 
     with stopped(broker.pid):
@@ -59,7 +59,7 @@ def test_an_interrupt_in_a_put_ends_no_other_entry(
     with broker.share(data_file) as ref, tempfile.TemporaryFile() as other:
         broker.put("mine", data_file, ephemeral=True)
         interrupted(broker, lambda: broker.share(other))
-        assert list(broker._pool.putters) == []  # its answer may still come
+        assert list(broker._pool.put_sessions) == []  # its answer may still come
         broker.put("next", other, ephemeral=True)
         for borrow in (ref.borrow, lambda: broker.borrow("mine"), lambda: broker.borrow("next")):
             borrow().close()
@@ -72,8 +72,8 @@ def test_an_interrupt_in_a_put_of_a_session_that_owns_nothing_ends_it(
 ) -> None:
     broker.put("first", data_file)
     interrupted(broker, lambda: broker.share(data_file))
-    assert list(broker._pool.putters) == []
-    assert until_exit == set()
+    assert list(broker._pool.put_sessions) == []
+    assert kept_until_exit == set()
     wait_until(lambda: broker.stats()["entries"] == 1)
 
 
@@ -81,9 +81,9 @@ def test_a_putter_that_is_lost_on_its_way_lives_on(
     broker: fdbroker.Broker, data_file: IO[bytes]
 ) -> None:
     with broker.share(data_file) as ref:
-        broker._pool.take_putter()  # and an interrupt comes
+        broker._pool.acquire_put_session()  # and an interrupt comes
         ref.borrow().close()
-        assert len(until_exit) == 1
+        assert len(kept_until_exit) == 1
 
 
 def test_a_dropped_client_does_not_end_what_the_process_owns(
@@ -97,12 +97,12 @@ def test_a_descriptor_that_cannot_be_sent_leaves_the_session_as_it_was(
     broker: fdbroker.Broker, data_file: IO[bytes]
 ) -> None:
     broker.put("mine", data_file, ephemeral=True)
-    (putter,) = broker._pool.putters
+    (session,) = broker._pool.put_sessions
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        putter.put("gone", 0, max(open_files()) + 100)
+        session.put("gone", 0, max(open_files()) + 100)
     assert caught.value.errno == errno.EBADF
     broker.put("other", data_file)  # with the next seq
-    assert list(broker._pool.putters) == [putter]
+    assert list(broker._pool.put_sessions) == [session]
     broker.borrow("mine").close()
 
 
@@ -135,8 +135,8 @@ def test_a_put_that_went_wrong_is_undone(tmp_path: Path, data_file: IO[bytes], o
             client.put("mine", data_file, ephemeral=True)
         with pytest.raises(ProtocolError):
             client.put("other", data_file)
-        while until_exit:
-            until_exit.pop().end()
+        while kept_until_exit:
+            kept_until_exit.pop().end()
 
 
 def test_a_session_that_puts_is_another_than_one_that_lends(
@@ -207,7 +207,7 @@ def test_many_clients_that_own_something_share_one_session(
     for _ in range(20):
         with fdbroker.Client(broker.address) as client:
             client.share(data_file).close()
-    assert len(until_exit) == 1
+    assert len(kept_until_exit) == 1
     wait_until(lambda: broker.stats()["sessions"] == before + 1)
 
 

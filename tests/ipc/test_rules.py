@@ -288,14 +288,14 @@ def test_a_uid_that_the_brokers_namespace_does_not_map_is_nobody() -> None:
 
 def test_a_socket_that_cannot_be_asked_for_groups_is_in_none() -> None:
     """Nobody is in a group by a failure of the kernel."""
-    from fdbroker.ipc.transport import unix
+    from fdbroker.ipc.transport import unix_peer
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone:
         with pytest.raises(OSError, match="No data") as caught:
-            alone.getsockopt(socket.SOL_SOCKET, unix.SO_PEERGROUPS, 100)
+            alone.getsockopt(socket.SOL_SOCKET, unix_peer.SO_PEERGROUPS, 100)
         assert caught.value.errno == errno.ENODATA
-        assert unix.groups_among(frozenset({0}), alone) == set()
-        assert unix._many_groups(alone) == b""
+        assert unix_peer.groups_among(frozenset({0}), alone) == set()
+        assert unix_peer._many_groups(alone) == b""
 
 
 # --- rules that change ------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from support import BORROW, CANCEL, ENTRIES, LOANS, MORE, PUT, RETIRE, RETURN, S
 from support import wait_until as wait
 
 from fdbroker.ipc.client.client import forget_client_at
-from fdbroker.ipc.client.pool import cut_off
+from fdbroker.ipc.client.pool import disconnect_all
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
@@ -77,7 +77,7 @@ def configured(*rules: str, **entries: str) -> Iterator[Reloaded]:
         with served(folder, "--config", folder / "f.toml") as broker:
             yield Reloaded(folder, broker)
             forget_client_at(broker.address)
-            cut_off(broker.address)
+            disconnect_all(broker.address)
     finally:
         shutil.rmtree(folder)
 

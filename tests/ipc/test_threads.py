@@ -23,7 +23,7 @@ import fdbroker
 from fdbroker.errors import ClosedLoanError
 from fdbroker.ipc.client import fork
 from fdbroker.ipc.client import loan as loan_module
-from fdbroker.ipc.client.pool import cut_off
+from fdbroker.ipc.client.pool import disconnect_all
 
 
 def is_waiting(thread: threading.Thread) -> bool:
@@ -56,7 +56,7 @@ def closed_meanwhile(loan: fdbroker.Loan, verb: Callable[[], Any]) -> Iterator[l
         stranger.write(b"stranger" * 512)
         stranger.flush()
         thread = threading.Thread(target=call)
-        with fork.catching_up, fork.GATE:
+        with fork.deferred_cleanup, fork.FORK_LOCK:
             thread.start()
             wait_until(lambda: is_waiting(thread))
             number = loan.fileno()
@@ -111,17 +111,17 @@ def test_what_a_finalizer_left_fails_in_no_other_call(
     held, go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with fork.catching_up, fork.GATE:
+        with fork.deferred_cleanup, fork.FORK_LOCK:
             held.set()
-            fork.GATE.acquire()  # so it is not left when this thread catches up
+            fork.FORK_LOCK.acquire()  # so it is not left when this thread catches up
             go.wait()
-        fork.GATE.release()
+        fork.FORK_LOCK.release()
 
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    fork.in_finalizer(fail)
-    fork.in_finalizer(lambda: done.append("the next one"))
+    fork.run_or_defer(fail)
+    fork.run_or_defer(lambda: done.append("the next one"))
     assert done == []
     go.set()
     thread.join()
@@ -186,9 +186,9 @@ def test_what_a_long_loan_made_and_closed_is_forgotten(
         for _ in range(100):
             loan.open("rb").close()
             loan.mmap().close()
-        holding = loan._session.holding
-        assert holding is not None
-        assert len(holding._wrappers) == len(holding._mappings) == 0
+        made = loan._session.wrappers
+        assert made is not None
+        assert len(made._sockets) == len(made._files) == len(made._mappings) == 0
 
 
 def test_a_file_made_of_a_socket_does_not_keep_it_open(broker: fdbroker.Broker) -> None:
@@ -221,8 +221,8 @@ def test_the_owners_own_loans_do_not_hold_up_the_end_of_its_broker(data_file: IO
 
 def test_what_a_broker_ends_with_is_listed_under_the_gate(broker: fdbroker.Broker) -> None:
     """Else another thread may add a session to the list meanwhile."""
-    thread = threading.Thread(target=cut_off, args=("/nowhere",))
-    with fork.catching_up, fork.GATE:
+    thread = threading.Thread(target=disconnect_all, args=("/nowhere",))
+    with fork.deferred_cleanup, fork.FORK_LOCK:
         thread.start()
         wait_until(lambda: is_waiting(thread))
     thread.join()

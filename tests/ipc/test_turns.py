@@ -171,10 +171,10 @@ def test_a_grant_that_crosses_a_cancel_stands(
 ) -> None:
     monkeypatch.setattr("fdbroker.ipc.client.connection.GRACE_SECONDS", 0.5)
     broker.stats()
-    sock = broker._pool.idle[-1].sock  # the one that the borrow will take
+    link = broker._pool.idle[-1].link  # the one that the borrow will take
 
     def unread() -> int:
-        return int(struct.unpack("i", fcntl.ioctl(sock, SIOCOUTQ, bytes(4)))[0])
+        return int(struct.unpack("i", fcntl.ioctl(link, SIOCOUTQ, bytes(4)))[0])
 
     with stopped(broker.pid):
         found: list[fdbroker.Loan] = []
@@ -191,7 +191,7 @@ def test_a_grant_that_crosses_a_cancel_stands(
 
 def test_a_return_never_waits_for_a_stopped_broker(broker: fdbroker.Broker) -> None:
     held = [broker.borrow("data") for _ in range(3)]
-    full = held[0]._session.sock
+    full = held[0]._session.link
     with stopped(broker.pid):
         with contextlib.suppress(BlockingIOError):
             while True:  # until its queue is full of messages, [RETURN, 0], that will be ignored

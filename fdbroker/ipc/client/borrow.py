@@ -1,53 +1,108 @@
-"""The way of a borrow: what is asked for, encoded once, and the one flat path of asking for it.
+"""What a borrow asks for, checked and encoded once, and the fast path of asking for it.
 
-Here and in `Loan.close` time is spent that every loan costs, and a call, an object, a property
-each takes a few percent of it (benchmarks/README.md).  So the usual case is written out: one
-process with one thread, a loan in one message, a broker that grants it in its usual form.
-Everything else is `Session.take_loan` and its like.
+`encode_borrow` makes a `PreparedBorrow` of the arguments of a borrow, and remembers it for the next
+time.  `borrow` sends it and makes a `Loan` of the reply.
+
+**The fast path.**  Every loan pays for `borrow`.  So its usual case is written out in that one
+function: a process with one thread, a loan in one message, a reply in the form in which the broker
+encodes grants.  The slow twin, which must do the same, is `ClientConnection.wait` followed by
+`Session.take_loan`; tests/ipc/test_fast_path.py holds the two together.  For speed, a function in a
+slot is called through a local variable, and all that is the same at each call of one
+`PreparedBorrow` is prepared there (benchmarks/README.md has the figures).
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from _thread import get_ident  # the one of `threading`, which costs too much at a start
-from collections.abc import Callable
+from _thread import get_ident  # `threading` would add to the start of `fdbroker exec`
 from itertools import starmap
 
 from fdbroker.errors import BrokerGone
 from fdbroker.ipc.client import fork
 from fdbroker.ipc.client.connection import StaleSession
-from fdbroker.ipc.client.fork import catch_up, later
+from fdbroker.ipc.client.fork import deferred, run_deferred
 from fdbroker.ipc.client.loan import Loan
 from fdbroker.ipc.client.pool import TRIES
-from fdbroker.ipc.client.session import NOBODY
-from fdbroker.ipc.protocol import messages
-from fdbroker.ipc.protocol.messages import BORROW, EXCLUSIVE, GRANTED, HEAD, READONLY, unpack_grant
-from fdbroker.ipc.transport.received import Arguments, closing, message_with
-from fdbroker.ipc.transport.unix import SEND
+from fdbroker.ipc.client.session import NO_THREAD
+from fdbroker.ipc.protocol.messages import (
+    BORROW,
+    EXCLUSIVE,
+    GRANTED,
+    HEAD,
+    MESSAGE_BYTES,
+    NAMES,
+    PURPOSE_BYTES,
+    READONLY,
+    REPLY_BYTES,
+    TICKET_BYTES,
+    TIMEOUT_SECONDS,
+    counts,
+    template,
+    unpack_grant,
+)
+from fdbroker.ipc.transport import RECEIVE, SCM_MAX_FD, SEND
+from fdbroker.ipc.transport.received import closer, recvmsg_arguments
 from fdbroker.lender.names import check_name
 
-TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+TYPE_CHECKING = False  # importing `typing` would add to the start of `fdbroker exec`
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdbroker.ipc.client.pool import Pool
 
-KNOWN_BORROWS = 1024  # that are remembered
-pack_head, close_number = HEAD.pack, os.close
+    Key = tuple[str | bytes | tuple[str, ...], bool, str | None, float | None, str]
+
+PREPARED_BORROWS = 1024  # that are remembered
+close_number = os.close
 
 
-# A borrow that was checked and encoded, all that is the same when it is asked for again: head and
-# tail of the message; the counts of a grant in one message; how to receive that, and what unpacks
-# its descriptors (struct.error if they are not as many as promised); whether these are several; the
-# names; exclusive; timeout.  A plain tuple, since to unpack a NamedTuple takes five times as long.
-Unpack = Callable[[bytes], tuple[int, ...]]
-Borrow = tuple[bytes, bytes, bytes, Arguments, Unpack, bool, tuple[str, ...], bool, float | None]
-Key = tuple[str | bytes | tuple[str, ...], bool, str | None, float | None, str]
-_known: dict[Key, Borrow] = {}
-known = _known.get
+class PreparedBorrow:
+    """A borrow that was checked and encoded: all that is the same when it is asked for again.
+
+    pack(head, seq, tail): the bytes of the message.
+    counts: of a grant that brings all descriptors in one message.
+    arguments: of recvmsg, to receive that.
+    unpack: its descriptors; struct.error if they are not as many as were asked for.
+    """
+
+    __slots__ = (
+        *("arguments", "counts", "exclusive", "head", "names", "pack", "several", "tail"),
+        *("timeout", "unpack"),
+    )
+
+    def __init__(
+        self,
+        what: str | bytes | tuple[str, ...],
+        names: tuple[str, ...],
+        *,
+        exclusive: bool,
+        readonly: bool,
+        timeout: float | None,
+        purpose: str,
+    ) -> None:
+        total = len(names)
+        flags = EXCLUSIVE * exclusive | READONLY * readonly
+        self.head, self.tail = template(BORROW, what, flags, timeout, purpose)
+        self.pack = struct.Struct(f"{HEAD.format}{len(self.tail)}s").pack
+        self.counts = counts(total, total)
+        self.arguments = recvmsg_arguments(REPLY_BYTES, min(total, SCM_MAX_FD), RECEIVE)
+        self.unpack: Callable[[bytes], tuple[int, ...]] = struct.Struct(f"{total}i").unpack
+        self.several = total > 1
+        self.names = names
+        self.exclusive = exclusive
+        self.timeout = timeout
 
 
-def prepare(key: Key) -> Borrow:
-    """Check and encode a borrow: what, exclusive, mode, timeout, purpose."""
+_prepared: dict[Key, PreparedBorrow] = {}
+prepared = _prepared.get
+
+
+def encode_borrow(key: Key) -> PreparedBorrow:
+    """Check and encode a borrow, and remember it for `prepared`.
+
+    key: what is borrowed (a name, names, a ticket), exclusive, mode, timeout, purpose.
+    """
     what, exclusive, mode, timeout, purpose = key
     if mode not in (None, "r"):
         raise ValueError(f'mode is None or "r", not {mode!r}')
@@ -62,58 +117,63 @@ def prepare(key: Key) -> Borrow:
     else:
         check_name(what)
         names = (what,)
-    flags = EXCLUSIVE * bool(exclusive) | READONLY * (mode == "r")
-    head, tail = messages.template(BORROW, what, flags, timeout, purpose)
-    total = len(names)
-    totals = messages.counts(total, total)
-    unpack = struct.Struct(f"{total}i").unpack
-    receiving = message_with(min(total, messages.DESCRIPTORS))
-    several = total > 1
-    request = head, tail, totals, receiving, unpack, several, names, bool(exclusive), timeout
-    if len(_known) >= KNOWN_BORROWS:
-        _known.clear()
-    _known[key] = request
+    request = PreparedBorrow(
+        what,
+        names,
+        exclusive=bool(exclusive),
+        readonly=mode == "r",
+        timeout=timeout,
+        purpose=purpose,
+    )
+    if len(_prepared) >= PREPARED_BORROWS:
+        _prepared.clear()
+    _prepared[key] = request
     return request
 
 
-def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
-    """Ask for it with a session of the pool; the loan holds the session then."""
-    head, tail, totals, receiving, unpack, several, names, exclusive, timeout = request
-    if later:  # what an interrupted finalizer left
-        catch_up()
+def borrow(pool: Pool, request: PreparedBorrow, tries: int = TRIES) -> Loan:
+    """Borrow with a session of the pool, which the loan holds then.
+
+    tries: with how many sessions, if one after the other proves stale.
+    """
+    if deferred:
+        run_deferred()
     try:
         session = pool.idle.pop()
     except IndexError:
         session = pool.open()
     try:
         session.seq = seq = session.seq + 1
-        send = session.send  # called as an attribute, a slot takes twice as long
+        send = session.send
         try:
-            send(pack_head(head, seq) + tail, SEND)
-        except ConnectionResetError:  # it died with something unread: this was not sent
+            pack = request.pack
+            send(pack(request.head, seq, request.tail), SEND)
+        except ConnectionResetError:
+            # The broker died with something of ours unread, so this request was not sent.
             raise BrokenPipeError from None
-        received = session.owned
+        messages, timeout = session.messages, request.timeout
         if timeout is not None:
             session.wait(seq, timeout)
         elif fork.other_threads():
             session.receive()
         else:
-            received.extend(starmap(session.recvmsg, receiving))
-        reply, ancillary, _, _ = received[0]
+            messages.extend(starmap(session.recvmsg, request.arguments))
+        reply, ancillary, _, _ = messages[0]
         try:
             start, of, counted, since = unpack_grant(reply)
             ((_, _, rights),) = ancillary
+            unpack = request.unpack
             fds = unpack(rights)
-            usual = of == seq and counted == totals and start == GRANTED
+            usual = of == seq and counted == request.counts and start == GRANTED
         except (ValueError, struct.error):
             usual = False
         if usual:
-            received[0] = closing(fds) if several else map(close_number, fds)
+            messages[0] = closer(fds) if request.several else map(close_number, fds)
         else:
-            fds, since = session.take_loan(seq, len(names), timeout)
+            fds, since = session.take_loan(seq, len(request.names), timeout)
         session.fds = fds
-        session.names = names
-        session.thread = NOBODY if exclusive else get_ident()
+        session.names = names = request.names
+        session.thread = NO_THREAD if request.exclusive else get_ident()
         loan = Loan()
         loan._names = names
         loan._since = since
@@ -121,47 +181,53 @@ def borrow(pool: Pool, request: Borrow, tries: int = TRIES) -> Loan:
         return loan
     except BaseException as error:
         try:
-            session.give_up_after(error)
+            session.end_unless_refused(error)
         except StaleSession:
             if tries == 1:
                 raise BrokerGone(pool.address) from None
         else:
-            pool.give(session)
+            pool.release(session)
             raise
     return borrow(pool, request, tries - 1)
 
 
+# --- checks of arguments ---
+
+
 def check_timeout(seconds: float) -> float | None:
-    """`seconds` as the wire takes it: None for infinity.  ValueError below 0 and for a NaN."""
+    """Return `seconds` as they are sent: None for infinity.
+
+    ValueError for a negative number and for a NaN.
+    """
     if not seconds >= 0:
         raise ValueError(f"a timeout is None or at least 0 seconds, not {seconds!r}")
-    return float(seconds) if seconds <= messages.TIMEOUT_SECONDS else None
+    return float(seconds) if seconds <= TIMEOUT_SECONDS else None
 
 
 def check_ticket(ticket: bytes) -> None:
-    """ValueError for what cannot be a ticket, TypeError if it is not even bytes."""
+    """ValueError for bytes that cannot be a ticket, TypeError for anything but bytes."""
     if not isinstance(ticket, bytes):
         raise TypeError(f"a ticket is bytes, not {type(ticket).__name__}")
-    if len(ticket) != messages.TICKET_BYTES:
-        raise ValueError(f"a ticket has {messages.TICKET_BYTES} bytes, not {len(ticket)}")
+    if len(ticket) != TICKET_BYTES:
+        raise ValueError(f"a ticket has {TICKET_BYTES} bytes, not {len(ticket)}")
 
 
 def check_purpose(purpose: str) -> None:
-    """ValueError for a purpose that is too long, TypeError for one that is no str."""
+    """ValueError for a purpose that is too long, TypeError for anything but a str."""
     if not isinstance(purpose, str):
         raise TypeError(f"a purpose is a str, not {type(purpose).__name__}")
-    if len(purpose.encode(errors="replace")) > messages.PURPOSE_BYTES or not purpose.isprintable():
-        limit = messages.PURPOSE_BYTES
+    if len(purpose.encode(errors="replace")) > PURPOSE_BYTES or not purpose.isprintable():
+        limit = PURPOSE_BYTES
         raise ValueError(f"a purpose has at most {limit} printable bytes, not {purpose!a}")
 
 
 def check_names(names: tuple[str, ...]) -> None:
-    """`BadName` for one that is none, ValueError if they are too many for one message."""
+    """`BadName` for a wrong name, ValueError if there are too many names for one message."""
     if not names:
         raise ValueError("borrow_all needs at least one name")
     for name in names:
         check_name(name)
-    if len(names) > messages.NAMES:
-        raise ValueError(f"at most {messages.NAMES} names can be borrowed at once")
-    if sum(map(len, names)) + 3 * len(names) > messages.MESSAGE_BYTES - 1024:  # the other fields
-        raise ValueError(f"these names take more than the {messages.MESSAGE_BYTES} bytes at once")
+    if len(names) > NAMES:
+        raise ValueError(f"at most {NAMES} names can be borrowed at once")
+    if sum(map(len, names)) + 3 * len(names) > MESSAGE_BYTES - 1024:  # the other fields
+        raise ValueError(f"these names take more than the {MESSAGE_BYTES} bytes at once")

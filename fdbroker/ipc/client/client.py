@@ -2,18 +2,50 @@
 
 A client may be used by any number of threads, and after a fork in the child too: each request or
 loan takes a session of its own, and a child starts with none.  Every method is one request.
+
+A `SharedFD` is a descriptor that can be an argument to another process.  It is a ticket for a
+nameless entry of a broker, and pickles as the address and the ticket, any number of times, in any
+start method of multiprocessing.  Unpickling borrows nothing and so leaks nothing; `SharedFD.borrow`
+does, where and when the descriptor is needed.  The ticket is a capability of 128 random bits: a
+process that has it, and is served by the broker at all, may borrow.
+
+**Nothing is imported later.**  A server may make its client as root and then drop its privileges
+or change its root, and from then on it may not be able to read this package or the library of
+Python.  So this module imports all that a client, its loans and their wrappers will ever need;
+psutil alone is imported when it is asked for, and its absence is no error (info.py).  The command
+``fdbroker exec`` cannot wait for that.  It borrows with `Pool` and `borrow` and not with a client.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from difflib import get_close_matches
+from itertools import islice
 from time import CLOCK_BOOTTIME, clock_gettime, time
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fdbroker._lazy import NamedTuple
-from fdbroker.errors import BrokerGone, FDBrokerError, NotPermitted, UnknownEntry
-from fdbroker.ipc.client.borrow import borrow, check_ticket, check_timeout, known, prepare
+import fdbroker.ipc.client.wrappers  # noqa: F401 - for the loans: see above
+from fdbroker.descriptors import Kind, inspect
+from fdbroker.errors import (
+    BrokerGone,
+    ClosedClientError,
+    FDBrokerError,
+    NoBroker,
+    NotPermitted,
+    UnknownEntry,
+    UnknownTicket,
+)
+from fdbroker.ipc.client.borrow import (
+    borrow,
+    check_ticket,
+    check_timeout,
+    encode_borrow,
+    prepared,
+)
 from fdbroker.ipc.client.connection import StaleSession
+from fdbroker.ipc.client.info import EntryInfo, LoanInfo, Usage
 from fdbroker.ipc.client.pool import TRIES, Pool
 from fdbroker.ipc.protocol.messages import (
     ENTRIES,
@@ -28,80 +60,23 @@ from fdbroker.ipc.protocol.messages import (
     LoanRow,
 )
 from fdbroker.ipc.transport.address import default_address
+from fdbroker.lender.accounting import RESOURCES
 from fdbroker.lender.names import check_name
 
-TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
-    from typing import Any, Protocol
 
     from fdbroker.ipc.client.loan import Loan
-    from fdbroker.ipc.client.shared import SharedFD
-
-    class HasFileno(Protocol):
-        """Anything with a descriptor."""
-
-        def fileno(self) -> int: ...
-
 
 NEAREST_NAMES = 2  # that an UnknownEntry suggests
-NAMES_LOOKED_AT = 1000  # for that, at most
+NAMES_COMPARED = 1000  # for that, at most
 
 
-class EntryInfo(NamedTuple):
-    """An entry of the broker: what `Client.entries` lists."""
+class HasFileno(Protocol):
+    """Anything with a descriptor."""
 
-    name: str
-    kind: str
-    where: str
-    """The address of a socket, the path of a file; empty for the rest."""
-    generation: int
-    loans: int
-    waiting: int
-    uid: int
-    """Who put it."""
-    since: float
-    """When, in seconds since the epoch."""
-    retired: bool
-    """It takes no new borrow, and closes with its last return; its name is free."""
-
-
-class LoanInfo(NamedTuple):
-    """One entry of a live loan: what `Client.loans` lists."""
-
-    entry: str
-    id: str
-    """The same for all entries that were borrowed in one call."""
-    pid: int
-    """As the kernel saw it at connect; 0 if it could not be seen from the broker's namespace."""
-    uid: int
-    since: float
-    exclusive: bool
-    purpose: str
-    generation: int
-    """Of the entry: one that is retired and the one that replaced it have the same name."""
-
-    @property
-    def process(self) -> str:
-        """The borrower's name, or empty if it is gone or another process has its pid by now."""
-        from fdbroker.ipc.client.processes import name_of
-
-        return name_of(self.pid, self.since)
-
-
-class Usage(NamedTuple):
-    """What one uid uses of the broker: what `Client.usage` lists.
-
-    Of both the keys are sessions, loans (entries on loan or waited for), entries (that it has put),
-    waiting (requests), bytes (of answers that it has not read), closes (descriptors that are being
-    closed, or are not entered yet), inflight (descriptors sent to it that it has not received).
-    """
-
-    uid: int
-    used: dict[str, int]
-    limits: dict[str, int | None]
-    """As things are now: more is free when others give back.  None: whatever there is."""
+    def fileno(self) -> int: ...
 
 
 class Client:
@@ -138,9 +113,9 @@ class Client:
         """
         key = name, exclusive, mode, timeout, purpose
         try:
-            return borrow(self._pool, known(key) or prepare(key))
+            return borrow(self._pool, prepared(key) or encode_borrow(key))
         except UnknownEntry as error:
-            raise self._with_nearest(error) from None
+            raise with_nearest(self, error) from None
 
     def borrow_all(
         self,
@@ -156,9 +131,9 @@ class Client:
             raise TypeError("borrow_all takes several names: borrow() takes one")
         key = tuple(names), exclusive, mode, timeout, purpose
         try:
-            return borrow(self._pool, known(key) or prepare(key))
+            return borrow(self._pool, prepared(key) or encode_borrow(key))
         except UnknownEntry as error:
-            raise self._with_nearest(error) from None
+            raise with_nearest(self, error) from None
 
     def borrow_ticket(
         self,
@@ -172,18 +147,7 @@ class Client:
         """Borrow what a `SharedFD` stands for; `UnknownTicket`.  As `borrow` otherwise."""
         check_ticket(ticket)
         key = ticket, exclusive, mode, timeout, purpose
-        return borrow(self._pool, known(key) or prepare(key))
-
-    def _with_nearest(self, error: UnknownEntry) -> UnknownEntry:
-        """The same error, with the names that look most like the one asked for."""
-        from difflib import get_close_matches
-        from itertools import islice
-
-        try:
-            names = [entry.name for entry in islice(self._entries(), NAMES_LOOKED_AT)]
-        except FDBrokerError:  # it may not list
-            return error
-        return UnknownEntry(error.name, get_close_matches(error.name, names, NEAREST_NAMES))
+        return borrow(self._pool, prepared(key) or encode_borrow(key))
 
     # --- entries ---
 
@@ -206,8 +170,6 @@ class Client:
 
         `ref` can be pickled into any number of processes; each borrows with ``ref.borrow()``.
         """
-        from fdbroker.ipc.client.shared import SharedFD
-
         _, ticket = self._put("", obj, NAMELESS | EPHEMERAL)
         return SharedFD(self.address, bytes(ticket), self)
 
@@ -218,23 +180,23 @@ class Client:
         os.fstat(fd)  # a number that is closed could become the one of a session's socket
         for _ in range(TRIES):
             try:
-                putter = self._pool.take_putter()
+                session = self._pool.acquire_put_session()
             except NotPermitted as error:
                 if error.verb != "put":
                     raise
-                raise NotPermitted(error.uid, "put", name or "*") from None  # what it was for
+                # The refusal of the session has no name in it.
+                raise NotPermitted(error.uid, "put", name or "*") from None
             try:
-                return putter.put(name, flags, fd)
+                return session.put(name, flags, fd)
             except StaleSession:
                 continue
             except OSError as error:
-                if error.errno == errno.EINVAL:  # what the kernel itself refuses to send: io_uring
-                    from fdbroker.descriptors import inspect
-
+                if error.errno == errno.EINVAL:
+                    # The kernel itself refuses to send some kinds (io_uring), which this raises.
                     inspect(fd)
                 raise
             finally:
-                self._pool.give_putter(putter)
+                self._pool.release_put_session(session)
         raise BrokerGone(self.address)
 
     def retire(self, name: str | bytes, wait: bool = False, timeout: float | None = None) -> None:
@@ -252,15 +214,13 @@ class Client:
         try:
             self._request(RETIRE, name, bool(wait), wait_for, timeout=wait_for)
         except UnknownEntry as error:
-            raise self._with_nearest(error) from None
+            raise with_nearest(self, error) from None
 
     def entries(self) -> list[EntryInfo]:
         """All entries that can be borrowed by name, or are retiring with loans still out."""
         return list(self._entries())
 
     def _entries(self) -> Iterator[EntryInfo]:
-        from fdbroker.descriptors import Kind
-
         cursor, since_boot = 0, _boot()
         while True:
             cursor, rows = self._request(ENTRIES, cursor, pages=True)
@@ -296,10 +256,8 @@ class Client:
     def usage(self) -> list[Usage]:
         """What each uid uses of the broker, and what it may use at most, by uid.
 
-        Who uses nothing is not in it.  It takes the right to admin: `NotPermitted`.
+        A user who uses nothing is not in it.  It takes the right to admin: `NotPermitted`.
         """
-        from fdbroker.lender.accounting import RESOURCES
-
         found: list[Usage] = []
         cursor = 0
         while True:
@@ -313,13 +271,13 @@ class Client:
 
     def _request(self, verb: int, *fields: Any, **how: Any) -> list[Any]:
         for _ in range(TRIES):
-            session = self._pool.take()
+            session = self._pool.acquire()
             try:
                 return session.request(verb, *fields, **how)
             except StaleSession:
                 continue
             finally:
-                self._pool.give(session)
+                self._pool.release(session)
         raise BrokerGone(self.address)
 
     def close(self) -> None:
@@ -341,8 +299,17 @@ class Client:
         return f"<{type(self).__name__} of {self.address}>"
 
 
+def with_nearest(client: Client, error: UnknownEntry) -> UnknownEntry:
+    """Return the error with the names of entries that look most like the one asked for."""
+    try:
+        names = [entry.name for entry in islice(client._entries(), NAMES_COMPARED)]
+    except FDBrokerError:  # this user may not list
+        return error
+    return UnknownEntry(error.name, get_close_matches(error.name, names, NEAREST_NAMES))
+
+
 def _boot() -> float:
-    """When CLOCK_BOOTTIME was zero, in seconds since the epoch."""
+    """Return when CLOCK_BOOTTIME was zero, in seconds since the epoch."""
     return time() - clock_gettime(CLOCK_BOOTTIME)
 
 
@@ -350,7 +317,7 @@ _clients: dict[str, Client] = {}
 
 
 def client_at(address: str) -> Client:
-    """This process's own client of that address, made once."""
+    """Return this process's own client of that address, made once."""
     client = _clients.get(address)
     if client is None:
         client = _clients.setdefault(address, Client(address))
@@ -358,7 +325,67 @@ def client_at(address: str) -> Client:
 
 
 def forget_client_at(address: str) -> None:
-    """Close it: its broker ends."""
+    """Close this process's own client of that address: its broker ends."""
     client = _clients.pop(address, None)
     if client is not None:
         client.close()
+
+
+class SharedFD:
+    """Made by `Client.share`; the one made there is the owner, unpickled ones only borrow."""
+
+    __module__ = "fdbroker"  # where pickles look for it
+    __slots__ = ("_address", "_owner", "_owner_pid", "_ticket")
+
+    def __init__(self, address: str, ticket: bytes, owner: Client | None = None) -> None:
+        self._address = address
+        self._ticket = ticket
+        self._owner = owner
+        self._owner_pid = os.getpid() if owner is not None else 0
+
+    def borrow(
+        self,
+        *,
+        exclusive: bool = False,
+        mode: str | None = None,
+        timeout: float | None = None,
+        purpose: str = "",
+    ) -> Loan:
+        """Borrow it in this process, as `Client.borrow`; `UnknownTicket` once it has retired."""
+        return client_at(self._address).borrow_ticket(
+            self._ticket, exclusive=exclusive, mode=mode, timeout=timeout, purpose=purpose
+        )
+
+    def close(self) -> None:
+        """The owner retires the entry: no new borrow, and its last return closes it.
+
+        Elsewhere, in a forked child too, it does nothing; so it does the second time.
+        """
+        owner = self._owner
+        if owner is not None and self._owner_pid == os.getpid():
+            # An entry or a broker that has ended already needs no retiring.
+            with contextlib.suppress(UnknownTicket, NoBroker, BrokerGone):
+                try:
+                    owner.retire(self._ticket)
+                except ClosedClientError:  # the entry lasts as long as the process
+                    with Client(self._address) as other:
+                        other.retire(self._ticket)
+        self._owner = None
+
+    def __enter__(self) -> SharedFD:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedFD, (self._address, self._ticket)
+
+    def __repr__(self) -> str:
+        role = "owner of" if self._owner is not None else "ticket for"
+        return f"<SharedFD, {role} an entry of {self._address}>"

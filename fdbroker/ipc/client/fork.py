@@ -1,75 +1,94 @@
-"""What a fork does to sessions and loans: the fork rule, and the lock it needs.
+"""What a fork does to sessions and loans: the fork rule, and the lock that it needs.
 
 A forked child has copies of everything its parent had open, and two processes must not use one
 session.  So, when `os.fork` is called (os.register_at_fork):
 
-* A loan of the forking thread is **split**: parent and child both keep its descriptors and their
+* A loan of the forking thread is **shared**: parent and child both keep its descriptors and their
   copy of the session, which carries no more messages.  Each lets go by closing its copies, and
-  the broker sees the end when the last one has: late perhaps, early never.
+  the broker sees the end of the session when the last copy is closed: perhaps late, never early.
 * The child closes everything else at once: sessions without a loan, exclusive loans, loans of
-  other threads.  What cannot be closed, because a mapping of it is still in use, is split too.
+  other threads.  A loan that cannot be closed, because a mapping of it is still in use, is shared
+  too.
 
-In a process with several threads another thread may be just between the kernel's installing a
-descriptor and its owner's noting it, or between the noting of a close and the close.  Those
-moments are passed under the `GATE`, for which the fork waits.  Finalizers must not wait for a
-lock; what they cannot do at once they leave in `later`, and whoever leaves the gate does it.
+In a process with several threads, another thread may be between the kernel's installing a
+descriptor and the noting of its owner, or between the noting of a close and the close.  Such a
+moment is passed under the `FORK_LOCK`, for which the fork waits.
+
+A finalizer must not wait for a lock.  A call that it cannot make at once it leaves in `deferred`,
+and the next thread that leaves the lock makes it (`deferred_cleanup`).
+
+The modules `_thread` and `_lazy` stand in for `threading` and `contextlib`, which would add to the
+start of ``fdbroker exec``.
 """
 
 from __future__ import annotations
 
 import os
-from _thread import RLock, get_ident  # as in `threading`, which costs too much at a start
-from _thread import _count as count_threads  # threading.active_count() takes a lock, and long
+from _thread import RLock, get_ident
+from _thread import _count as count_threads  # threading.active_count() takes a lock
 from collections import deque
 from collections.abc import Callable
 from weakref import WeakSet
 
 from fdbroker._lazy import suppress
 
-TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+TYPE_CHECKING = False  # importing `typing` would add to the start of `fdbroker exec`
 if TYPE_CHECKING:
     from typing import Protocol
 
-    class Forked(Protocol):
-        """What a session must do at a fork; the gate is held, and all may be done twice."""
+    class ForkAware(Protocol):
+        """What a session does at a fork.  The lock is held, and each call may come twice."""
 
         def mark_at_fork(self, thread: int, in_child: bool) -> None:
-            """`thread` has forked, and in the child it is the only one: note what is split."""
+            """Note what is shared: `thread` has forked, and is the only one in the child."""
 
         def close_in_child(self) -> None:
             """Close what stays with the parent."""
 
 
-__all__ = ["GATE", "catch_up", "catching_up", "in_finalizer", "later", "other_threads", "sessions"]
+__all__ = [
+    "FORK_LOCK",
+    "deferred",
+    "deferred_cleanup",
+    "other_threads",
+    "run_deferred",
+    "run_or_defer",
+    "sessions",
+]
 
-GATE = RLock()  # reentrant: a signal handler may fork, a finalizer may close
-sessions: WeakSet[Forked] = WeakSet()  # all of this process
-other_threads: Callable[[], int] = count_threads  # how many, or more; in a child see below
+FORK_LOCK = RLock()
+"""Held where a fork must not come.  Reentrant: a signal handler may fork, a finalizer may close."""
+
+sessions: WeakSet[ForkAware] = WeakSet()
+"""All sessions of this process."""
+
+other_threads: Callable[[], int] = count_threads
+"""Returns how many threads there are beside this one, or more; see `_forget_threads`."""
 
 
-class _Left(tuple[Callable[[], None]]):
-    """An action that a finalizer left: done as this goes, as by a finalizer.
+class DeferredCall(tuple[Callable[[], None]]):
+    """A call that a finalizer left, made when this object is dropped, as if by a finalizer.
 
-    So what it raises goes to sys.unraisablehook, and an interrupt cannot lose it: a tuple is made
-    in one call into C.
+    So an exception of it goes to sys.unraisablehook.  It is a tuple because that is made in one
+    call into C, where no interrupt can lose it.
     """
 
     __slots__ = ()
 
     def __del__(self) -> None:
-        for action in self:
-            action()
+        for call in self:
+            call()
 
 
-later: deque[_Left] = deque()
+deferred: deque[DeferredCall] = deque()
 
 
-class _CatchingUp:
-    """``with catching_up, GATE:`` no fork happens meanwhile; nothing in it may wait.
+class _DeferredCleanup:
+    """``with deferred_cleanup, FORK_LOCK:`` no fork happens meanwhile; nothing in it may wait.
 
-    The lock is its own context manager, in C: no interrupt comes between its being taken or given
-    back and the noting of that, and no traceback of one keeps it.  What finalizers left is done
-    when it is free again.
+    The lock is its own context manager, in C: no interrupt comes between its being taken or
+    released and the noting of that, and no traceback of an interrupt keeps it.  The calls that
+    finalizers left are made when the lock is free again.
     """
 
     __slots__ = ()
@@ -78,37 +97,37 @@ class _CatchingUp:
         pass
 
     def __exit__(self, *_: object) -> None:
-        if later:
-            catch_up()
+        if deferred:
+            run_deferred()
 
 
-catching_up = _CatchingUp()
+deferred_cleanup = _DeferredCleanup()
 
 
-def catch_up() -> None:
-    """Do what finalizers left.  An exception of it is none of the caller's."""
-    while later:
-        for acquired in map(GATE.acquire, (False,)):  # no interrupt can come before the `try`
+def run_deferred() -> None:
+    """Make the calls that finalizers left.  No exception of theirs is raised here."""
+    while deferred:
+        for acquired in map(FORK_LOCK.acquire, (False,)):  # no interrupt can come before the `try`
             if not acquired:
-                return  # whoever has it will do it
+                return  # the thread that has the lock will make them
             try:
-                while later:
-                    later.popleft()
+                while deferred:
+                    deferred.popleft()
             finally:
-                GATE.release()
+                FORK_LOCK.release()
 
 
-def in_finalizer(action: Callable[[], None]) -> None:
-    """Do `action` under the gate without ever waiting for it: now, or when it is left."""
-    later.append(_Left((action,)))
-    catch_up()
+def run_or_defer(call: Callable[[], None]) -> None:
+    """Make `call` under the lock without ever waiting for it: now, or when it is released."""
+    deferred.append(DeferredCall((call,)))
+    run_deferred()
 
 
 # --- the hooks -------------------------------------------------------------------------------
 
 
 def _mark(in_child: bool) -> None:
-    thread = get_ident()  # the forking thread's: pthread_self() survives the fork
+    thread = get_ident()  # of the forking thread: pthread_self() survives the fork
     for session in list(sessions):
         session.mark_at_fork(thread, in_child)
 
@@ -122,12 +141,16 @@ def _mark_in_child() -> None:
 
 
 def _forget_threads() -> None:
-    """Python counts those that stayed with the parent to the end.  How many there really are only
-    the kernel knows: other hooks may have started some."""
+    """Have `other_threads` pass over the threads that stayed with the parent.
+
+    Python goes on counting them.  Only the kernel knows how many threads there really are: the
+    hooks of other libraries may have started some.  Without /proc all of them count, which is
+    slower, and right.
+    """
     global other_threads
     if not count_threads():
         return
-    with suppress(OSError):  # no /proc: as if all were there, which is slower, and right
+    with suppress(OSError):
         stayed = max(0, count_threads() + 1 - len(os.listdir("/proc/self/task")))
 
         def count_others() -> int:
@@ -141,22 +164,23 @@ def _close_in_child() -> None:
     for session in list(sessions):
         try:
             session.close_in_child()
-        except BaseException as error:  # the others are not to suffer from it
+        except BaseException as error:  # the other sessions must not suffer from it
             failure = error
     if failure is not None:
         raise failure
 
 
-# `before` hooks run last first, the others first first; the lock itself is a C method in all
-# three places, where no signal handler can come between.  An exception ends a hook, and a signal
-# handler may raise one anywhere, but Python goes on to the next hook.  So all are marked before
-# any is closed, a mark being what keeps two processes off one session; and either is done twice:
-# what an interrupt cuts short the first time, the second time finishes.
+# Python calls the last `before` hook first, and the first of the others first.  The lock itself is
+# a C method in all three places, where no signal handler can come between.  An exception ends a
+# hook, and a signal handler may raise one anywhere, but Python goes on to the next hook.  So all
+# sessions are marked before any is closed, since the mark is what keeps two processes off one
+# session; and either hook is registered twice, so that the second call finishes what an interrupt
+# cut short in the first.
 os.register_at_fork(
-    before=GATE.acquire, after_in_parent=_mark_in_parent, after_in_child=_mark_in_child
+    before=FORK_LOCK.acquire, after_in_parent=_mark_in_parent, after_in_child=_mark_in_child
 )
 os.register_at_fork(after_in_parent=_mark_in_parent, after_in_child=_mark_in_child)
 os.register_at_fork(after_in_child=_close_in_child)
 os.register_at_fork(after_in_child=_close_in_child)
 os.register_at_fork(after_in_child=_forget_threads)
-os.register_at_fork(after_in_parent=GATE.release, after_in_child=GATE.release)
+os.register_at_fork(after_in_parent=FORK_LOCK.release, after_in_child=FORK_LOCK.release)

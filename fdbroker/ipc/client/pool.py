@@ -1,8 +1,6 @@
-"""A client's sessions: those that are idle, and new ones when none is.
+"""A client's sessions: the idle ones, and new ones when none is idle.
 
-Two kinds are kept apart.  Most *lend*: they carry one request or loan after the other.  Those
-that *put* (putter.py) send descriptors and never carry a loan, since a fork would give a copy of
-them to a child, and with it a part in the ephemeral entries that they own.
+Sessions that carry loans and sessions that put descriptors are kept apart (session.py).
 """
 
 from __future__ import annotations
@@ -12,95 +10,99 @@ from collections import defaultdict, deque
 from fdbroker._lazy import suppress
 from fdbroker.errors import ClosedClientError
 from fdbroker.ipc.client import fork
-from fdbroker.ipc.client.connection import until_exit
-from fdbroker.ipc.client.putter import Putter
-from fdbroker.ipc.client.session import Session
+from fdbroker.ipc.client.connection import kept_until_exit
+from fdbroker.ipc.client.session import PutSession, Session
 
 IDLE_SESSIONS = 64  # kept for the next request
-TRIES = IDLE_SESSIONS + 8  # with another session, where one after the other turns out to be over
+TRIES = IDLE_SESSIONS + 8  # with another session each, where one after the other proves stale
 
-# putters of clients that were closed, which live on for what they own: the next client's to use
-_owning: defaultdict[str, deque[Putter]] = defaultdict(deque)
+_orphans: defaultdict[str, deque[PutSession]] = defaultdict(deque)
+"""By address: put sessions of closed clients, which live on for the entries that they own.  The
+next client of that address uses them."""
 
 
 class Pool:
     """The sessions of one client with the broker at `address`; for any number of threads.
 
-    Who gives a session back appends it first and then looks whether the pool was closed, and who
-    closes it does so first and then ends what is there: one of the two sees it.
+    `release` appends a session before it looks whether the pool is closed; `close` notes that
+    before it ends the idle sessions.  So one of the two sees a session that is released meanwhile.
     """
 
-    __slots__ = ("address", "closed", "idle", "putters")
+    __slots__ = ("address", "closed", "idle", "put_sessions")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.closed = False
-        self.idle: deque[Session] = deque(maxlen=IDLE_SESSIONS)  # the oldest is dropped, so it ends
-        self.putters: deque[Putter] = deque()
+        self.idle: deque[Session] = deque(maxlen=IDLE_SESSIONS)  # the oldest is dropped, and ends
+        self.put_sessions: deque[PutSession] = deque()
 
-    def take(self) -> Session:
-        """An idle session that lends, or a new one; the caller's alone until it gives it back."""
+    def acquire(self) -> Session:
+        """Return an idle session, or a new one; it is the caller's alone until its release."""
         try:
             return self.idle.pop()
         except IndexError:
             return self.open()
 
     def open(self) -> Session:
-        """A new one."""
+        """Return a new session."""
         if self.closed:
             raise ClosedClientError()
-        return Session.open(self.address, self)
+        return Session.open(self.address, self.release)
 
-    def give(self, session: Session) -> None:
-        """Take an idle session back."""
-        if not session.over:
+    def release(self, session: Session) -> None:
+        """Take back a session that is idle again, or was closed meanwhile."""
+        if not session.closed:
             self.idle.append(session)
             if self.closed:
                 self.close()
 
-    def take_putter(self) -> Putter:
-        """A session that puts."""
+    def acquire_put_session(self) -> PutSession:
+        """Return an idle put session, or a new one."""
         if self.closed:
             raise ClosedClientError()
-        for putters in (self.putters, _owning[self.address]):
+        for sessions in (self.put_sessions, _orphans[self.address]):
             with suppress(IndexError):
-                return putters.pop()
-        return Putter.open(self.address)
+                return sessions.pop()
+        return PutSession.open(self.address)
 
-    def give_putter(self, putter: Putter) -> None:
-        """Take it back, unless its last put went wrong: then it only goes on living."""
-        if putter.over:
+    def release_put_session(self, session: PutSession) -> None:
+        """Take back a put session; one whose last put failed is not used again."""
+        if session.closed or session.broken:
             return
-        if not putter.spoilt:
-            self.putters.append(putter)
-            if self.closed:
-                self.close()
+        self.put_sessions.append(session)
+        if self.closed:
+            self.close()
 
     def close(self) -> None:
-        """End the idle sessions; those on loan end when they come back, and those that own
-        ephemeral entries with the process."""
+        """End the idle sessions.
+
+        The sessions on loan end when they are released, and the ones that own ephemeral entries
+        with the process.
+        """
         self.closed = True
         with suppress(IndexError):  # another thread may take them out at the same time
             while True:
                 self.idle.pop().end()
         with suppress(IndexError):
             while True:
-                putter = self.putters.pop()
-                if putter.owns:
-                    _owning[self.address].append(putter)
+                session = self.put_sessions.pop()
+                if session.owns_ephemeral:
+                    _orphans[self.address].append(session)
                 else:
-                    putter.end()
+                    session.end()
 
 
-def cut_off(address: str) -> None:
-    """End what this process has of the broker at `address`, which itself ends now and would wait
-    for it.  Loans that are open keep their descriptors."""
-    _owning.pop(address, None)
-    for wire in [wire for wire in list(until_exit) if wire.address == address]:
-        until_exit.discard(wire)
-        wire.end()
-    with fork.catching_up, fork.GATE:  # no other thread makes one meanwhile
+def disconnect_all(address: str) -> None:
+    """End this process's sessions with the broker at `address`, which is about to end itself.
+
+    It would wait for them.  Loans that are open keep their descriptors.
+    """
+    _orphans.pop(address, None)
+    for connection in [one for one in list(kept_until_exit) if one.address == address]:
+        kept_until_exit.discard(connection)
+        connection.end()
+    with fork.deferred_cleanup, fork.FORK_LOCK:  # no other thread makes a session meanwhile
         sessions = list(fork.sessions)
     for session in sessions:
         if isinstance(session, Session) and session.address == address:
-            session.cut_off()
+            session.disconnect()

@@ -19,7 +19,7 @@ from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, READY, WORKING,
 from fdbroker.ipc.server.jobs import Discard, Reopen
 from fdbroker.ipc.server.log import log_refusal
 from fdbroker.ipc.server.sender import BLOCKED, CLOSED, SENT
-from fdbroker.ipc.transport import MOST_DESCRIPTORS
+from fdbroker.ipc.transport import SCM_MAX_FD
 
 if TYPE_CHECKING:
     from fdbroker.ipc.server.connection import ServerConnection
@@ -132,7 +132,7 @@ class Delivery:
 
     def _reopen(self, connection: ServerConnection, seq: int, offset: int) -> None:
         """Have a worker open what one message can bring."""
-        entries = connection.session.entries[offset : offset + MOST_DESCRIPTORS]
+        entries = connection.session.entries[offset : offset + SCM_MAX_FD]
         accounting, account = self._lender.accounting, connection.account
         try:
             accounting.check(account, "closes", len(entries))

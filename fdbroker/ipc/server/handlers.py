@@ -38,7 +38,7 @@ from fdbroker.ipc.protocol.messages import (
     encode,
 )
 from fdbroker.ipc.server.policy import check, check_listener, check_somewhere
-from fdbroker.ipc.transport import too_many_files
+from fdbroker.ipc.transport.rlimit import too_many_files
 from fdbroker.lender.accounting import NO_LIMIT, RESOURCES
 from fdbroker.lender.lender import out_of_turn
 from fdbroker.lender.model import IDLE, LENT, LIVE

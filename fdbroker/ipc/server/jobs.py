@@ -15,7 +15,7 @@ from fdbroker import descriptors
 from fdbroker.errors import FDBrokerError, UnsupportedKind
 from fdbroker.ipc.protocol.messages import MESSAGE_BYTES
 from fdbroker.ipc.server.worker_pool import CLOSE, Job
-from fdbroker.ipc.transport.received import ReceivedFDs, closing
+from fdbroker.ipc.transport.received import ReceivedFDs, closer
 from fdbroker.ipc.transport.rlimit import too_many_files
 from fdbroker.lender.accounting import GRACE
 from fdbroker.rc import FD
@@ -91,7 +91,7 @@ class Receive(Job):
 
     def detach_fds(self) -> list[int]:
         """The descriptors that came and that nobody took; they are the caller's from now on."""
-        sysfds = self.received.detach()
+        sysfds = list(self.received.detach())
         if self.fd is not None:
             sysfds.append(self.fd.detach())
             self.fd = None
@@ -137,7 +137,7 @@ class Discard(Job):
     queue = CLOSE
     drain_waits = False
 
-    def __init__(self, fds: list[int], user: Hashable) -> None:
+    def __init__(self, fds: Sequence[int], user: Hashable) -> None:
         self.user = user
         self._fds = fds
 
@@ -169,7 +169,7 @@ class DrainChannel(Job):
             begun = thread_time()
 
 
-def close_each(fds: list[int]) -> None:
+def close_each(fds: Sequence[int]) -> None:
     """Close all of these, which nobody wants: so nobody is told of an error (close(2)).
 
     They may have come in a mass, so as to take our time: then only the first ones are kept from
@@ -178,7 +178,7 @@ def close_each(fds: list[int]) -> None:
     for fd in fds[:GRACE]:
         if descriptors.is_socket(fd):
             descriptors.switch_linger_off(fd)
-    any(closing(tuple(fds)))
+    any(closer(tuple(fds)))
 
 
 class CloseEntry(Job):

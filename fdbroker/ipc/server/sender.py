@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
 from fdbroker.ipc.protocol.messages import GRANTED, ONE_OF_ONE, encode_grant, pack_grant
-from fdbroker.ipc.transport import MOST_DESCRIPTORS, parcel
+from fdbroker.ipc.transport import SCM_MAX_FD, parcel
 
 if TYPE_CHECKING:
     from fdbroker.ipc.server.connection import ServerConnection
@@ -141,7 +141,7 @@ def _general_grant(
     session: Session, seq: int, offset: int, fresh: list[int] | None
 ) -> tuple[bytes, Sequence[Any]]:
     """The message, and what it lends, of a part of any loan."""
-    entries = session.entries[offset : offset + MOST_DESCRIPTORS]
+    entries = session.entries[offset : offset + SCM_MAX_FD]
     parcels = [parcel(sysfd) for sysfd in fresh] if fresh else [entry.parcel for entry in entries]
     return encode_grant(seq, len(session.entries), len(parcels), session.since), parcels
 

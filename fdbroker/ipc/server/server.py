@@ -45,7 +45,8 @@ from fdbroker.ipc.server.sender import Sender
 from fdbroker.ipc.server.sessions import Sessions
 from fdbroker.ipc.server.tuning import TUNING, Tuning
 from fdbroker.ipc.server.worker_pool import WorkerPool
-from fdbroker.ipc.transport import Port, descriptors_in_use, limit, now_ns, parcel
+from fdbroker.ipc.transport import Port, now_ns, parcel
+from fdbroker.ipc.transport.rlimit import descriptors_in_use, limit
 from fdbroker.lender.accounting import DEFAULT, Quota
 from fdbroker.lender.model import LENT, Peer
 

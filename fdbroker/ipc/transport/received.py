@@ -1,12 +1,21 @@
-"""Who owns received descriptors: a list that `recvmsg` itself fills, within one call into C.
+"""The one owner of received descriptors: it has a list that `recvmsg` itself fills, within C.
 
-    owned.extend(starmap(sock.recvmsg, ONE_MESSAGE))
+    received.messages.extend(starmap(sock.recvmsg, recvmsg_arguments(size, max_fds, flags)))
 
-A signal handler that raises finds a message either not received or in the list.  Once looked at,
-a message is replaced there, in one step, by an iterator that closes one of its descriptors each
-time it is advanced, or a run of numbers that follow each other (close_range(2)).  It is advanced in
-C: so neither a signal nor a second thread can come between the taking of a right to close and the
-close, and to close again closes nothing.
+A signal handler may raise between any two bytecodes.  It finds a message either not yet received
+or in the list already, and so it finds no descriptor without an owner.
+
+A message that was taken apart is replaced in the list, in one step, by its *closer*: an iterator
+that closes one run of consecutive numbers each time it is advanced (close_range(2)).  It is
+advanced in C too, so neither a signal nor a second thread can come between the taking of the right
+to close a number and its close, and closing a second time closes nothing.
+
+Both ends of a session use this class, and nothing else parses SCM_RIGHTS.  A client keeps one
+`ReceivedFDs` per session, for several messages; a broker makes one for each message that brings
+descriptors (`receive_with`), also in a worker thread.
+
+For speed, the fast path of a borrow (client/borrow.py) replaces a message of the usual form by its
+closer itself, and the fast path of `Loan.close` empties the list itself.
 """
 
 from __future__ import annotations
@@ -14,124 +23,134 @@ from __future__ import annotations
 import _socket
 import os
 import struct
-from _operator import sub  # of `operator`, which costs too much at a start
+from _operator import sub  # `operator` would add to the start of `fdbroker exec`
 from collections.abc import Iterator
 from itertools import count, groupby, starmap
 
-from fdbroker.ipc.protocol.messages import MESSAGE_BYTES, REPLY_BYTES
-from fdbroker.ipc.transport.unix import ANCILLARY_BYTES, INT, LOST, RECEIVE, RECEIVE_NOW, SCM_RIGHTS
-from fdbroker.ipc.transport.unix import SOL_SOCKET as SOCKET
+from fdbroker.ipc.transport.unix_socket import INT, LOST, SCM_RIGHTS, SOL_SOCKET
 
-TYPE_CHECKING = False  # as a type checker knows it: `typing` costs too much at a start
+TYPE_CHECKING = False  # importing `typing` would add to the start of `fdbroker exec`
 if TYPE_CHECKING:
     from typing import Any
 
-    Message = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # as recvmsg returns it
-    Closing = Iterator[object]
-    Owned = list[Any]  # of Message, or Closing in its place
+    Message = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # what recvmsg returns
+    Closer = Iterator[object]
 
-# the arguments of recvmsg, ready for `starmap`
 Arguments = tuple[tuple[int, int, int]]
-ONE_MESSAGE = ((REPLY_BYTES, ANCILLARY_BYTES, RECEIVE),)
-ONE_MESSAGE_NOW = ((REPLY_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
-ONE_PAGE = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE),)
-ONE_PAGE_NOW = ((MESSAGE_BYTES, ANCILLARY_BYTES, RECEIVE_NOW),)
 
 
-class Numbers(list):  # type: ignore[type-arg]  # of anything: it is an `Owned`
-    """An `Owned` that closes what is left in it when it goes, whatever became of its session."""
+def recvmsg_arguments(size: int, max_fds: int, flags: int) -> Arguments:
+    """Return the arguments of recvmsg, ready for `starmap`.
 
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        close(self)
-
-
-def message_with(descriptors: int) -> Arguments:
-    """The same for a message that brings so many descriptors: more are lost on the way."""
-    return ((REPLY_BYTES, _socket.CMSG_SPACE(descriptors * INT.size), RECEIVE),)
+    They receive a message of at most `size` bytes, and at least `max_fds` descriptors: the space
+    of an odd number has room for one more.
+    """
+    return ((size, _socket.CMSG_SPACE(max_fds * INT.size), flags),)
 
 
-def look_at_last(owned: Owned) -> tuple[bytes, tuple[int, ...], bool]:
-    """The message that came last: its bytes, its descriptors, whether any was lost on the way."""
-    message: Message = owned[-1]
-    data, _, flags, _ = message
-    owned[-1], numbers = _rights(message)
-    return data, numbers, bool(flags & LOST)
+def exact_room(max_fds: int) -> int:
+    """Return how many bytes of ancillary data have room for no more than `max_fds` descriptors."""
+    return _socket.CMSG_LEN(max_fds * INT.size) if max_fds else 0
 
 
-def closing(numbers: tuple[int, ...]) -> Closing:
-    """What closes them as it is advanced, each run at once: 32 in a third of the time."""
-    if numbers and numbers == tuple(range(numbers[0], numbers[0] + len(numbers))):
-        # one run, as nearly always: to see that at once takes half as long as to look for runs
-        return starmap(os.closerange, ((numbers[0], numbers[-1] + 1),))
+def closer(fds: tuple[int, ...]) -> Closer:
+    """Return an iterator that closes `fds` as it is advanced, one run of numbers at each step."""
+    if fds and fds == tuple(range(fds[0], fds[0] + len(fds))):
+        # Nearly always they are one run, and this test is faster than the search for runs.
+        return starmap(os.closerange, ((fds[0], fds[-1] + 1),))
     runs, start = [], 0
-    for _, run in groupby(map(sub, numbers, count())):  # alike where they follow each other
+    for _, run in groupby(map(sub, fds, count())):  # the difference is constant within a run
         end = start + len(list(run))
-        runs.append((numbers[start], numbers[end - 1] + 1))
+        runs.append((fds[start], fds[end - 1] + 1))
         start = end
     return starmap(os.closerange, runs)
 
 
-def _rights(message: Message) -> tuple[Closing, tuple[int, ...]]:
-    numbers = tuple(
-        number
-        for level, kind, data in message[1]
-        if level == SOCKET and kind == SCM_RIGHTS
-        for (number,) in struct.iter_unpack(INT.format, data[: len(data) // INT.size * INT.size])
-    )
-    return closing(numbers), numbers
-
-
-def close(owned: Owned, start: int = 0) -> None:
-    """Close what is owned from that place on, each number once; the list ends there then.
-
-    A number that somebody else closed is passed over.
-    """
-    for place in range(start, len(owned)):
-        if isinstance(owned[place], tuple):
-            owned[place], _ = _rights(owned[place])
-        while True:
-            try:
-                any(owned[place])
-                break
-            except OSError:  # that one is gone (close(2): never retry), go on with the others
-                continue
-    del owned[start:]
-
-
-def give_away(owned: Owned) -> None:
-    """The numbers are the caller's from now on."""
-    owned.clear()
-
-
 class ReceivedFDs:
-    """Temporary: replaced at the merge."""
+    """Owns the descriptors of received messages until they are closed or detached.
+
+    When it is dropped it closes what it still owns, whatever became of the session.
+
+    messages: what is owned, each as recvmsg returned it, or the closer in its place.
+    fds, truncated: of the message that `receive_with` received, while it is owned.
+    """
+
+    __slots__ = ("fds", "messages", "truncated")
 
     def __init__(self) -> None:
-        from fdbroker.ipc.transport.unix import Inbox
+        self.messages: list[Any] = []
+        self.fds: tuple[int, ...] = ()
+        self.truncated = False
 
-        self._inbox: Any = Inbox()
+    def receive_with(self, sock: _socket.socket, size: int, max_fds: int, flags: int) -> bytes:
+        """Receive one message of at most `size` bytes and own its descriptors, `fds`.
 
-    def receive(self, sock: Any, size: int, most: int) -> bytes:
-        from fdbroker.ipc.transport import unix
+        No more than `max_fds` of them get numbers.  The kernel closes the others during the call,
+        which can take long, and then `truncated` is true.  Returns the bytes; raises OSError,
+        BlockingIOError among it, if nothing was received.
+        """
+        data, _ = self.receive_exactly(sock, size, exact_room(max_fds), flags)
+        return data
 
-        buffer = bytearray(size)
-        got, inbox = unix.receive_into(sock, buffer, unix.room_for(most))
-        if inbox is not None:
-            self._inbox = inbox
-        return bytes(buffer[:got])
+    def receive_exactly(
+        self, sock: _socket.socket, size: int, room: int, flags: int
+    ) -> tuple[bytes, bool]:
+        """Receive as `receive_with` does, with so many bytes of room for ancillary data.
 
-    @property
-    def fds(self) -> list[int]:
-        return list(self._inbox.fds)
+        Returns the bytes, and whether there was ancillary data of any kind.
+        """
+        self.messages.extend(starmap(sock.recvmsg, ((size, room, flags),)))
+        brought = bool(self.messages[-1][1])
+        data, self.fds, self.truncated = self.parse_last()
+        return data, brought
 
-    @property
-    def truncated(self) -> bool:
-        return bool(self._inbox.truncated)
+    def parse_last(self) -> tuple[bytes, tuple[int, ...], bool]:
+        """Take apart the message that came last; its descriptors stay owned.
 
-    def detach(self) -> list[int]:
-        return list(self._inbox.give_away())
+        Returns its bytes, its descriptors, and whether others were lost on the way (MSG_CTRUNC).
+        """
+        message: Message = self.messages[-1]
+        data, ancillary, flags, _ = message
+        fds = _fds_in(ancillary)
+        self.messages[-1] = closer(fds)
+        return data, fds, bool(flags & LOST)
 
-    def close(self) -> None:
-        self._inbox.close()
+    def close(self, start: int = 0) -> None:
+        """Close what came with the messages from index `start` on, each number once.
+
+        Those messages are removed from the list.  A number that something else has closed already
+        is passed over.
+        """
+        messages = self.messages
+        for place in range(start, len(messages)):
+            if isinstance(messages[place], tuple):
+                messages[place] = closer(_fds_in(messages[place][1]))
+            while True:
+                try:
+                    any(messages[place])
+                    break
+                except OSError:
+                    # This number is gone (close(2): never retry), so go on with the next one.
+                    continue
+        del messages[start:]
+        self.fds, self.truncated = (), False
+
+    def detach(self) -> tuple[int, ...]:
+        """Give up the ownership of everything; returns `fds`, which the caller must close."""
+        fds = self.fds
+        self.messages.clear()
+        self.fds, self.truncated = (), False
+        return fds
+
+    def __del__(self) -> None:
+        if getattr(self, "messages", None):  # an interrupted constructor may not have set it
+            self.close()
+
+
+def _fds_in(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
+    return tuple(
+        fd
+        for level, kind, data in ancillary
+        if level == SOL_SOCKET and kind == SCM_RIGHTS
+        for (fd,) in struct.iter_unpack(INT.format, data[: len(data) // INT.size * INT.size])
+    )

@@ -26,27 +26,38 @@ from fcntl import ioctl
 from typing import Any
 
 from fdbroker.errors import ProtocolError
-from fdbroker.ipc.transport import unix
-from fdbroker.ipc.transport.received import ReceivedFDs
-from fdbroker.ipc.transport.unix import (
-    LEAST_QUEUED,
+from fdbroker.ipc.transport import unix_peer
+from fdbroker.ipc.transport.received import ReceivedFDs, exact_room
+from fdbroker.ipc.transport.unix_port import Handler, ignore
+from fdbroker.ipc.transport.unix_socket import (
+    INT,
     LOST,
-    QUEUED,
     RECEIVE_NOW,
     SCM_RIGHTS,
     SEND_NOW,
-    SIOCOUTQ,
     SOL_SOCKET,
-    queued,
+    shut_down,
 )
-from fdbroker.ipc.transport.unix_port import Handler, ignore
+
+SO_PASSRIGHTS = 83  # asm-generic/socket.h
+# What a message has beside its descriptors once SO_PASSCRED is on: struct ucred (unix(7)).
+CREDENTIALS_BYTES = socket.CMSG_SPACE(unix_peer.UCRED.size)
+# ``ioctl(number, SIOCOUTQ, QUEUED)``, then `queued[0]` are the bytes that the client has not read
+# (TIOCOUTQ of asm-generic/ioctls.h; unix(7)).  One buffer serves the one thread that asks.
+SIOCOUTQ = 0x5411
+QUEUED = bytearray(INT.size)
+queued = memoryview(QUEUED).cast("i")
+# Less than any unread message counts, since its sk_buff alone is larger.  It is not 0 because the
+# kernel wakes us when it has taken all but one byte of a freed message off the count (sock_wfree,
+# net/core/sock.c).
+LEAST_QUEUED = 256
 
 Parcel = tuple[tuple[int, int, bytes]]
 
 
 def parcel(sysfd: int) -> Parcel:
     """Make what `Channel.lend` sends of a descriptor, once for each entry; `sysfd` stays open."""
-    return ((SOL_SOCKET, SCM_RIGHTS, unix.INT.pack(sysfd)),)
+    return ((SOL_SOCKET, SCM_RIGHTS, INT.pack(sysfd)),)
 
 
 class Channel:
@@ -64,12 +75,12 @@ class Channel:
         self.number = sock.fileno()
         self.handler: Handler = ignore
         self.subject: Any = None
-        self.peer = unix.credentials(sock)
+        self.peer = unix_peer.credentials(sock)
         # How many descriptors the last message had, unless all was read since.
         self.in_flight = 0
         self._send_message = sock.sendmsg
         # Whether the socket may have descriptors in it that nobody received.
-        self.may_hold_descriptors = not unix.refuse_descriptors(sock)
+        self.may_hold_descriptors = not refuse_descriptors(sock)
         self.receive: Callable[[bytearray], int] = (
             self._receive_checked if self.may_hold_descriptors else sock.recv_into
         )
@@ -78,7 +89,7 @@ class Channel:
 
     def groups_among(self, wanted: frozenset[int]) -> frozenset[int]:
         """Which of these are supplementary groups of the peer, as of the connect."""
-        return unix.groups_among(wanted, self._sock)
+        return unix_peer.groups_among(wanted, self._sock)
 
     def _receive_checked(self, buffer: bytearray) -> int:
         size, _, flags, _ = self._sock.recvmsg_into((buffer,), 0, RECEIVE_NOW)
@@ -88,7 +99,8 @@ class Channel:
 
     def accept_descriptors(self) -> None:
         """Let the client send descriptors from now on; a worker must receive them."""
-        unix.accept_descriptors(self._sock)
+        with suppress(OSError):
+            self._sock.setsockopt(SOL_SOCKET, SO_PASSRIGHTS, 1)
         self.may_hold_descriptors = True
 
     def receive_with_descriptors(self, size: int, most: int) -> tuple[bytes, ReceivedFDs]:
@@ -98,7 +110,7 @@ class Channel:
         others before this returns.  BlockingIOError: there is no message.
         """
         received = ReceivedFDs()
-        data = received.receive(self._sock, size, most)
+        data = received.receive_with(self._sock, size, most, RECEIVE_NOW)
         return data, received
 
     def unread(self) -> int:
@@ -138,18 +150,30 @@ class Channel:
         What the client sent last is taken out where it cannot bring descriptors: else the kernel
         would tell the client that it was lost, before it tells what we sent last.
         """
-        unix.shut_down(self._sock)
+        shut_down(self._sock)
         if not self.may_hold_descriptors:
-            unix.drain(self._sock)
+            with suppress(OSError):
+                while self._sock.recv(1, RECEIVE_NOW):
+                    pass
 
-    def drain_descriptors(self, most: int) -> Iterator[list[int]]:
+    def drain_descriptors(self, most: int) -> Iterator[tuple[int, ...]]:
         """Take out what the client sent and nobody received, in a worker, after `shut_down`.
 
         Yields the descriptors of one message at a time, which are the caller's, no more than `most`
         of each: the kernel closes the others.
         """
         try:
-            yield from unix.never_read(self._sock, most)
+            # A message has credentials now, however empty it is, and the end has none.
+            self._sock.setsockopt(SOL_SOCKET, socket.SO_PASSCRED, 1)
+            room = CREDENTIALS_BYTES + exact_room(most)
+            while True:
+                received = ReceivedFDs()
+                # A reset is reported once, and what is left comes after it.
+                with suppress(ConnectionResetError):
+                    _, brought = received.receive_exactly(self._sock, 1, room, RECEIVE_NOW)
+                    if not brought:
+                        return
+                    yield received.detach()
         finally:
             # Also after a mistake, or nobody would ask about this channel again.
             self.may_hold_descriptors = False
@@ -158,3 +182,15 @@ class Channel:
         """Close the socket.  It may block while `may_hold_descriptors`."""
         with suppress(OSError):
             self._sock.close()
+
+
+def refuse_descriptors(sock: socket.socket) -> bool:
+    """Have the kernel refuse every descriptor that the peer sends, with EPERM there.
+
+    Returns False where it cannot (SO_PASSRIGHTS is of Linux 6.16).  Accepted sockets inherit it.
+    """
+    try:
+        sock.setsockopt(SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True

@@ -22,7 +22,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from typing import Any
 
 from fdbroker.errors import AlreadyServing, BadAddress
-from fdbroker.ipc.transport import unix
+from fdbroker.ipc.transport import unix_channel
 from fdbroker.ipc.transport.address import check_path
 from fdbroker.ipc.transport.unix_channel import Channel
 from fdbroker.ipc.transport.unix_port import Handler, ignore
@@ -71,11 +71,11 @@ class Listener:
             if bound is not None:
                 bound.setblocking(False)
                 self.sock = bound
-                unix.refuse_descriptors(bound)
+                unix_channel.refuse_descriptors(bound)
                 return
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             # Connections inherit that.
-            unix.refuse_descriptors(self.sock)
+            unix_channel.refuse_descriptors(self.sock)
             try:
                 self._bind(mode, group)
             except BaseException:
