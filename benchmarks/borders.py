@@ -241,9 +241,12 @@ def table(moves: list[Move], imported: dict[str, set[str]]) -> Iterator[str]:
 
 
 def main() -> int:
+    # The two processes above run this file too, without this folder on their path.
+    from benchmarks.harness import ROOT, checkout
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.borders")
-    parser.add_argument("--package", metavar="DIR", type=Path, default=Path(__file__).parents[1])
-    package = parser.parse_args().package.resolve()
+    parser.add_argument("--package", metavar="DIR", type=checkout, default=ROOT)
+    package = parser.parse_args().package
     imported = reachable(package)
     for name, moves in record(package).items():
         print(name, *table(moves, imported), sep="\n", end="\n\n")

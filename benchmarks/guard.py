@@ -44,7 +44,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Result, patience
+from benchmarks.harness import ROOT, Result, checkout, patience
 
 FILE = Path(__file__).with_name("guard.json")
 FEW, MANY = 300, 2300  # cycles
@@ -325,7 +325,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help=f"record the costs in {FILE.name}")
-    action.add_argument("--package", metavar="DIR", type=Path, help="only print those of DIR")
+    action.add_argument("--package", metavar="DIR", type=checkout, help="only print those of DIR")
     asked = parser.parse_args()
     if without := missing():
         print(f"not compared: anything; {without} is missing")
