@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -40,12 +40,12 @@ def lent_file() -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def base() -> Iterator[Run]:
-    """BASE itself, its server in another process."""
+def base(prefix: Sequence[str] = ()) -> Iterator[Run]:
+    """BASE itself.  Its server is another process, run by the command `prefix`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs, lent_file() as file:
         numbers = (theirs.fileno(), file.fileno())
-        command = [sys.executable, "-m", "benchmarks.base", *map(str, numbers)]
+        command = [*prefix, sys.executable, "-m", "benchmarks.base", *map(str, numbers)]
         with child(command, pass_fds=numbers), ours:  # closed first: the server ends by it
             theirs.close()
             verify(ours, file)

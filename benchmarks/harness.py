@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -130,6 +131,14 @@ def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
                 raise
     if process.returncode != 0:
         raise RuntimeError(f"{command[0]} ended with status {process.returncode}")
+
+
+def checkout(text: str) -> Path:
+    """The absolute path of a folder with an fdbroker package in it: a type for argparse."""
+    path = Path(text).resolve()
+    if not (path / "fdbroker" / "__init__.py").is_file():
+        raise ArgumentTypeError(f"there is no package fdbroker in {text}")
+    return path
 
 
 def install() -> None:
