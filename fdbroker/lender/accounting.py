@@ -29,6 +29,7 @@ could stop the broker as well.  Entries of the broker's configuration are charge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from fdbroker.errors import QuotaExceeded, TooManyFiles
@@ -46,7 +47,6 @@ GRACE = 16
 
 # Descriptors that the broker's threads may need for themselves at any moment.
 # Only the server's `has_room` check uses this; it goes when a worker receives every put.
-SPARE = 32
 
 # Bytes of unread replies to all uids together.
 BYTES = 64 * 1024 * 1024
@@ -150,6 +150,13 @@ class Charge:
         if change:
             self._accounting.add(self.account, self.resource, change)
 
+    def become(self, resource: str) -> None:
+        """Charge the same count as another resource from now on."""
+        accounting, count = self._accounting, self.count
+        accounting.add(self.account, resource, count)
+        accounting.add(self.account, self.resource, -count)
+        self.resource = resource
+
     def release(self) -> None:
         """Charge nothing any more.  A second call has no effect."""
         count, self.count = self.count, 0
@@ -184,6 +191,8 @@ class Accounting:
         }
         self.descriptors = NO_LIMIT
         self.own = 0
+        # Called after each release, while the acceptor waits for a descriptor.
+        self.on_release: Callable[[], None] | None = None
 
     def account(self, uid: int) -> Account:
         """Return the account of `uid`, a new one if there is none."""
@@ -231,20 +240,15 @@ class Accounting:
                 "broker", self.own + self.descriptors, self.own + self.total.descriptors
             )
 
-    def check_receive(self, account: Account) -> None:
-        """Raise `QuotaExceeded` if too much is in hand to receive one more descriptor.
+    def charge_receive(self, account: Account) -> Charge:
+        """Charge for the descriptor that a message may bring: for one, or none if there is no room.
 
-        A few closes may always be pending.  The closes of entries do not count here: a client that
-        ends can cause any number of them at once.
+        Raises `QuotaExceeded` if too much is in hand.  A few closes may always be pending.  Those
+        of entries do not count here: a client that ends can cause any number of them at once.
         """
         if account.limited and account.closes - account.closing >= GRACE:
             self.check(account, "closes")
-
-    def has_room(self, account: Account, count: int) -> bool:
-        """Tell whether a message may bring `count` descriptors, all of which surely get numbers."""
-        if account.limited and account.closes + count > self.limit(account, "closes"):
-            return False
-        return count + SPARE <= self.free_descriptors
+        return Charge(self, account, "closes", int(self.free_descriptors > 0))
 
     def charge(self, account: Account | None, resource: str, count: int = 1) -> Charge:
         """Count `count` more of `resource`, and return the charge, which the caller releases.
@@ -259,12 +263,13 @@ class Accounting:
         """Change what is counted.  Code outside of this module charges instead."""
         total = self.total
         setattr(total, resource, getattr(total, resource) + count)
-        if account is None:
-            return
-        setattr(account, resource, getattr(account, resource) + count)
-        # Most releases happen while the uid still has a session, so it is not idle.
-        if count < 0 and not account.sessions:
-            self.drop_idle(account)
+        if account is not None:
+            setattr(account, resource, getattr(account, resource) + count)
+            # Most releases happen while the uid still has a session, so it is not idle.
+            if count < 0 and not account.sessions:
+                self.drop_idle(account)
+        if count < 0 and self.on_release is not None:
+            self.on_release()
 
     def drop_idle(self, account: Account) -> None:
         """Forget the account if its uid uses nothing."""

@@ -190,9 +190,10 @@ class Ledger:
 
     # --- entries ---
 
-    def write_entry(self, slot: int, record: EntryRecord) -> None:
-        """Write an entry's fields; they have no meaning until `commit_entry`."""
+    def write_entry(self, slot: int, generation: int, state: int, record: EntryRecord) -> None:
+        """Write an entry: its fields, which have no meaning until the commit word, then that."""
         ENTRY.pack_into(self.buffer, (self._entries_at + slot * ENTRY_WORDS + 1) * 8, *record)
+        self.commit_entry(slot, generation, state)
 
     def commit_entry(self, slot: int, generation: int, state: int) -> None:
         """Put the entry's record into a state; its fields are true from now on."""

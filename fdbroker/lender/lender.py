@@ -54,7 +54,7 @@ from fdbroker.lender.wait_queue import check_wait
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fdbroker.lender.accounting import Accounting
+    from fdbroker.lender.accounting import Accounting, Charge
     from fdbroker.lender.ledger import Ledger
     from fdbroker.lender.model import LoanRequest, Peer
     from fdbroker.rc import FD
@@ -279,11 +279,13 @@ class Lender:
         uid: int = 0,
         replace: bool = False,
         ephemeral: bool = False,
+        charge: Charge | None = None,
     ) -> Entry:
         """Return a new entry that owns `fd`, under a name or under a ticket; the other is empty.
 
         With `replace` the entry that has the name retires.  `session` is None for the broker
-        itself, which runs as `uid`.  Raises `NameTaken`, `QuotaExceeded` or `BrokerFull`, and the
+        itself, which runs as `uid`.  `charge` is what the account is charged for the descriptor so
+        far, and becomes the entry's.  Raises `NameTaken`, `QuotaExceeded` or `BrokerFull`, and the
         FD stays the caller's then.
         """
         self.check_put(session, name, replace)
@@ -296,6 +298,9 @@ class Lender:
             entry.account = session.account
             session.last_put = entry
         entry.ephemeral = entry.owner is not None
+        if charge is not None:
+            charge.become("entries")
+            entry.charge = charge
         self.state.write_entry(entry)
         replaced = self.names.get(name) if name else None
         self.state.add_entry(entry)

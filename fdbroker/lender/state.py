@@ -258,13 +258,13 @@ class LenderState:
             len(key),
             key,
         )
-        self.ledger.write_entry(entry.slot, record)
-        self.ledger.commit_entry(entry.slot, entry.generation, LIVE)
+        self.ledger.write_entry(entry.slot, entry.generation, LIVE, record)
 
     def add_entry(self, entry: Entry) -> None:
         """Add an entry that is in the ledger to the tables, and charge for it."""
         self.entries[entry.slot] = entry
-        entry.charge = self.accounting.charge(entry.account, "entries")
+        if entry.charge is None:
+            entry.charge = self.accounting.charge(entry.account, "entries")
         if entry.state == LIVE and entry.name:
             self.names[entry.name] = entry
         elif entry.state == LIVE:

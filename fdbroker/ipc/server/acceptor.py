@@ -44,8 +44,6 @@ class Acceptor:
         self._tuning = tuning
         self._on_connect = on_connect
         self._schedule = schedule
-        # Whether it will accept again, and does not now.
-        self.paused = False
         self._watching = False
         self._stopped = False
         # Whether the log has it that nothing can be accepted, and nothing was accepted since.
@@ -57,7 +55,7 @@ class Acceptor:
     def _watch(self) -> None:
         try:
             self._loop.watch(self.listener, self._on_event)
-            self._watching, self.paused = True, False
+            self._watching = True
         except OSError as error:
             self._pause(error.strerror, retry=True)
 
@@ -87,8 +85,8 @@ class Acceptor:
             log.warning("event=accept-paused error=%r", reason)
         self._told = True
         self._unwatch()
-        self.paused = True
         self._used_at_pause = self._accounting.total.descriptors
+        self._accounting.on_release = self._resume_if_room
         if retry:
             self._retry = self._loop.call_at(
                 self._loop.now + self._tuning.accept_retry, self._resume
@@ -98,22 +96,23 @@ class Acceptor:
         if self._watching:
             self._loop.unwatch(self.listener)
             self._watching = False
+        self._accounting.on_release = None
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
 
-    def resume_if_room(self) -> None:
-        """Accept again, if the acceptor has paused and fewer descriptors are in use since."""
-        if self.paused and self._accounting.total.descriptors < self._used_at_pause:
+    def _resume_if_room(self) -> None:
+        """Something was released: accept again if fewer descriptors are in use than before."""
+        if self._accounting.total.descriptors < self._used_at_pause:
             self._resume()
 
     def _resume(self) -> None:
-        if self.paused:
+        if not self._stopped and not self._watching:
             self._unwatch()
             self._watch()
 
     def stop(self) -> None:
         """Accept nothing any more.  A connection then waits in the listener's queue, for the next
         broker if the listener lasts."""
-        self._stopped, self.paused = True, False
+        self._stopped = True
         self._unwatch()

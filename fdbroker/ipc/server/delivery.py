@@ -24,7 +24,7 @@ from fdbroker.ipc.transport import SCM_MAX_FD
 if TYPE_CHECKING:
     from fdbroker.ipc.server.connection import ServerConnection
     from fdbroker.ipc.server.event_loop import EventLoop
-    from fdbroker.ipc.server.fair_queue import FairQueue
+    from fdbroker.ipc.server.scheduler import FairScheduler
     from fdbroker.ipc.server.sender import Sender
     from fdbroker.ipc.server.worker_pool import WorkerPool
     from fdbroker.lender import Lender
@@ -47,7 +47,7 @@ class Delivery:
         lender: Lender,
         sender: Sender,
         pool: WorkerPool,
-        queue: FairQueue,
+        scheduler: FairScheduler,
         *,
         end: OnConnection,
         rearm: OnConnection,
@@ -56,7 +56,7 @@ class Delivery:
         self._lender = lender
         self._sender = sender
         self._pool = pool
-        self._queue = queue
+        self._scheduler = scheduler
         self._end = end
         self._rearm = rearm
 
@@ -158,7 +158,7 @@ class Delivery:
         assert job is not None
         self._lender.unpin(entries)
         charge.release()
-        self._queue.charge(connection.account.uid, job.took)
+        self._scheduler.charge(connection.account.uid, job.took)
         fresh = job.detach_fds()
         if connection.state != WORKING:
             self._discard(connection, fresh)

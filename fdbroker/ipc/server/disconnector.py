@@ -20,7 +20,7 @@ from fdbroker.lender.accounting import GRACE
 if TYPE_CHECKING:
     from fdbroker.ipc.server.connection import ServerConnection
     from fdbroker.ipc.server.event_loop import EventLoop, Timer
-    from fdbroker.ipc.server.fair_queue import FairQueue
+    from fdbroker.ipc.server.scheduler import FairScheduler
     from fdbroker.ipc.server.tuning import Tuning
     from fdbroker.ipc.server.worker_pool import WorkerPool
     from fdbroker.lender.accounting import Accounting, Charge
@@ -33,13 +33,13 @@ class Disconnector:
         self,
         loop: EventLoop,
         pool: WorkerPool,
-        queue: FairQueue,
+        scheduler: FairScheduler,
         accounting: Accounting,
         tuning: Tuning,
     ) -> None:
         self._loop = loop
         self._pool = pool
-        self._queue = queue
+        self._scheduler = scheduler
         self._accounting = accounting
         self._tuning = tuning
         self._closing: set[ServerConnection] = set()
@@ -86,7 +86,7 @@ class Disconnector:
 
     def _drained(self, connection: ServerConnection, job: DrainChannel, charge: Charge) -> None:
         charge.release()
-        self._queue.charge(connection.account.uid, job.took)
+        self._scheduler.charge(connection.account.uid, job.took)
         self._close_if_read(connection)
 
     def _close_if_read(self, connection: ServerConnection) -> None:

@@ -33,13 +33,14 @@ from fdbroker.ipc.protocol.messages import (
     RETURN,
     VERBS,
     VERSION,
+    decode_request,
     encode,
     encode_error,
 )
 from fdbroker.ipc.server.connection import HANDSHAKE, READY, WORKING
-from fdbroker.ipc.server.event_loop import SETTLED
 from fdbroker.ipc.server.log import log_refusal
 from fdbroker.ipc.server.policy import check_somewhere
+from fdbroker.ipc.server.request_cache import CONVERSIONS
 from fdbroker.lender.model import LENT
 
 if TYPE_CHECKING:
@@ -88,12 +89,9 @@ class Dispatcher:
         self._end = end
         self._rearm = rearm
 
-    def serve(self, connection: ServerConnection, events: int = 0) -> bool | None:
-        """Receive one message and act on it.  Returns SETTLED if that concerned nobody else.
-
-        After a RETURN the next request of a busy client is there already, and to look for it costs
-        less than to wait at the port again.
-        """
+    def serve(self, connection: ServerConnection, events: int = 0) -> None:
+        """Receive one message and act on it.  After a RETURN the next request of a busy client is
+        there already, and to look for it costs less than to wait at the port again."""
         session, receive, lender = connection.session, connection.channel.receive, self._lender
         split, known, size = self._split, self._known, 0
         try:
@@ -104,10 +102,10 @@ class Dispatcher:
                     verb, fields = known[head + tail]
                 except KeyError:
                     self._act(connection, bytes(MESSAGE[:size]))
-                    return None
+                    return
                 if seq != session.seq + 1 or connection.state != READY:
                     self._act(connection, bytes(MESSAGE[:size]))
-                    return None
+                    return
                 if verb == BORROW:
                     if not connection.rights.unlimited:
                         self._handlers.check_borrow(connection, fields)
@@ -116,19 +114,18 @@ class Dispatcher:
                             self._delivery.grant(connection, seq)
                         elif outcome := self._sender.send_grant(connection, seq):
                             self._delivery.not_sent(connection, outcome, seq)
-                        else:
-                            return SETTLED
-                    return None
+                    else:
+                        self._handlers.wait_began()
+                    return
                 if verb != RETURN:
                     self._handle(connection, verb, seq, fields)
-                    return None
+                    return
                 if lender.return_loan(session, seq, self._loop.now):
-                    return None
+                    return
         except BlockingIOError:
-            return None
+            return
         except Exception as error:
             self._fail(connection, error)
-            return None
 
     def dispatch(self, connection: ServerConnection, data: bytes) -> None:
         """Act on a message that was received already; empty is the end of the session."""
@@ -141,7 +138,9 @@ class Dispatcher:
         if not data:
             self._end(connection)
             return
-        verb, seq, fields = self._cache.decode(data)
+        verb, seq, fields = decode_request(data)
+        if verb in CONVERSIONS:
+            fields = CONVERSIONS[verb](*fields)
         arrival = connection.arrival
         if arrival is not None and arrival.brought and not VERBS[verb].takes_descriptor:
             raise ProtocolError("client", "it sent descriptors that nobody asked for")
@@ -149,15 +148,16 @@ class Dispatcher:
             self._greet(connection, verb, seq, fields)
         elif connection.state == READY and seq == connection.session.seq + 1:
             self._handle(connection, verb, seq, fields)
-            # It was not refused.  What a stranger may send to no effect is not worth the room.
-            self._cache.remember(data, verb, fields)
+            # It was not refused, and may be said again; a put never goes through `serve`.
+            if arrival is None:
+                self._cache.remember(data, verb, fields)
         else:
             self._act_out_of_sequence(connection, verb, seq)
 
     def _handle(self, connection: ServerConnection, verb: int, seq: int, fields: Any) -> None:
         reply = self._handlers.table[verb](connection, seq, fields)
-        if reply is not None:
-            self._delivery.reply(connection, reply)
+        if reply is not None and self._sender.send(connection, reply):
+            self._end(connection)
 
     def _act_out_of_sequence(self, connection: ServerConnection, verb: int, seq: int) -> None:
         """Ignore an old message, answer the last borrow again, and end a session with a gap."""

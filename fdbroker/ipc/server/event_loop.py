@@ -1,10 +1,12 @@
 """The event loop: one thread that calls handlers, timers, and what other threads post.
 
-It knows sources, callbacks and times, and nothing of what they are for.  Between two waits at the
-port it calls the handler of each source that has an event, then what was posted by other threads,
-then the timers that are due, then what was left with `call_soon`.  After each of these calls it
-calls `settle`, so that what one event decided for others is worked off before the next event; only
-after a handler that returns SETTLED it does not.
+It knows sources, callbacks and times, and nothing of what they are for.  One turn is: wait at the
+port; call the handler of each source that has an event, and what other threads have posted; call
+the timers that are due; and run one item of the `backlog`, if it has any.  While the backlog has
+items the loop does not sleep.
+
+After each of these calls, if there is any `work`, it calls `settle`: what one event decided for
+others is worked off before the next event.
 
 An exception in a handler is a mistake of ours.  It is logged and ends nothing, since it must not
 cost every loan of every client.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,6 @@ LONGEST_WAIT = 86_400.0
 SPARE_TIMERS = 64
 
 Callback = Callable[[], object]
-
-# What a handler returns if it has left nothing for others, so that there is nothing to settle.
-SETTLED = False
 
 log = logging.getLogger("fdbroker")
 
@@ -64,17 +63,32 @@ class Timer:
 
 
 class EventLoop:
-    """Calls back until it is stopped.  `now` is when the events at hand were taken."""
+    """Calls back until it is stopped.  `now` is when the events at hand were taken.
 
-    def __init__(self, port: Port, now_ns: Callable[[], int], settle: Callback) -> None:
+    work: containers; `settle` is called while any of them is not empty.  backlog: a container that
+    is not empty while `run_next` has something to do.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        now_ns: Callable[[], int],
+        *,
+        settle: Callback,
+        work: tuple[Container[Any], ...] = (),
+        run_next: Callback,
+        backlog: Container[Any] = (),
+    ) -> None:
         self.port = port
         self.now = now_ns()
         self._now_ns = now_ns
         self._settle = settle
+        self._work = work
+        self._run_next = run_next
+        self._backlog = backlog
         self._timers: list[tuple[int, int, Timer]] = []
         self._cancelled = 0
         self._order = count()
-        self._soon: deque[Callback] = deque()
         self._posted: deque[Callback] = deque()
         self._stopped = False
         port.waker.handler = self._run_posted
@@ -97,10 +111,6 @@ class EventLoop:
         heappush(self._timers, (when, next(self._order), timer))
         return timer
 
-    def call_soon(self, callback: Callback) -> None:
-        """Call `callback` once, after the events at hand and before the loop waits for others."""
-        self._soon.append(callback)
-
     def post(self, callback: Callback) -> None:
         """Call `callback` once on the loop, and wake it.  For any thread."""
         self._posted.append(callback)
@@ -110,36 +120,38 @@ class EventLoop:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        wait, settle, now_ns = self.port.wait, self._settle, self._now_ns
-        timers, soon = self._timers, self._soon
+        wait, now_ns, work = self.port.wait, self._now_ns, self._work
+        timers, backlog = self._timers, self._backlog
         while not self._stopped:
-            happened = wait(self._seconds_to_wait() if timers or soon else None)
+            happened = wait(self._seconds_to_wait() if timers or backlog else None)
             self.now = now_ns()
             for source, events in happened:
                 try:
-                    if source.handler(source.subject, events) is not SETTLED:
-                        settle()
+                    source.handler(source.subject, events)
                 except Exception:
                     log.exception("event=error")
+                if any(work):
+                    self._call(self._settle)
             if timers:
                 self._run_timers()
-            if soon:
-                self._run_soon()
+            if backlog:
+                self._call(self._run_next)
 
     def stop(self) -> None:
         """Have `run` return once the events at hand are handled."""
         self._stopped = True
 
-    def call(self, callback: Callback) -> None:
-        """Call `callback` as an event: its exception is logged, and `settle` is called after it."""
+    def _call(self, callback: Callback) -> None:
+        """Call `callback` as an event: log its exception, and settle what it has left."""
         try:
             callback()
-            self._settle()
+            if any(self._work):
+                self._settle()
         except Exception:
             log.exception("event=error")
 
     def _seconds_to_wait(self) -> float | None:
-        if self._soon:
+        if self._backlog:
             return 0.0
         timers = self._timers
         while timers and not timers[0][2].pending:
@@ -161,16 +173,12 @@ class EventLoop:
             if callback is None:
                 self._cancelled -= 1
             else:
-                self.call(callback)
-
-    def _run_soon(self) -> None:
-        for _ in range(len(self._soon)):
-            self.call(self._soon.popleft())
+                self._call(callback)
 
     def _run_posted(self, subject: None, events: int) -> None:
         self.port.clear_wake()
         for _ in range(len(self._posted)):
-            self.call(self._posted.popleft())
+            self._call(self._posted.popleft())
 
     def note_cancelled(self) -> None:
         """A timer was cancelled: throw such ones out of the heap when they are most of it."""

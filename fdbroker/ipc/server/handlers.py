@@ -46,6 +46,7 @@ from fdbroker.lender.names import check_name
 
 if TYPE_CHECKING:
     from fdbroker.ipc.server.connection import ServerConnection
+    from fdbroker.ipc.server.custody import Custody
     from fdbroker.ipc.server.delivery import Delivery
     from fdbroker.ipc.server.event_loop import EventLoop
     from fdbroker.ipc.server.jobs import Receive
@@ -60,8 +61,8 @@ Handler = Callable[["ServerConnection", int, Any], Reply]
 class Handlers:
     """The handlers of one broker.
 
-    `keep` is told of a new entry and of what its descriptor leads to.  `refresh_usage` brings up to
-    date what the accounts say, and `stats` counts.
+    `wait_began` is called when a request waits, which may have a deadline.  `refresh_usage` brings
+    up to date what the accounts say, and `stats` counts.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class Handlers:
         lender: Lender,
         delivery: Delivery,
         *,
-        keep: Callable[[Entry, str], None],
+        custody: Custody,
+        wait_began: Callable[[], None],
         refresh_usage: Callable[[], None],
         stats: Callable[[], dict[str, int]],
     ) -> None:
@@ -78,7 +80,8 @@ class Handlers:
         self._loop = loop
         self._lender = lender
         self._delivery = delivery
-        self._keep = keep
+        self._custody = custody
+        self.wait_began = wait_began
         self._refresh_usage = refresh_usage
         self._stats = stats
         self.table: dict[int, Handler] = {
@@ -117,6 +120,8 @@ class Handlers:
             self.check_borrow(at, request)
         if self._lender.borrow(at.session, seq, request, self._loop.now):
             self._delivery.grant(at, seq)
+        else:
+            self.wait_began()
         return None
 
     def _more(self, at: ServerConnection, seq: int, fields: Fields) -> Reply:
@@ -159,11 +164,11 @@ class Handlers:
             check(at.rights, at.peer, RETIRE, name)
         if self.draining:
             raise BrokerClosing()
-        self._lender.check_put(at.session, name, bool(flags & REPLACE))
         if arrival.refusal is not None:
             raise arrival.refusal
         entry = self._enter(at.session, seq, name, flags, arrival)
-        self._keep(entry, arrival.target)
+        entry.target, entry.parcel = arrival.target, arrival.parcel
+        self._custody.keep_entry(entry.slot, entry.sysfd)
         return encode([0, seq, entry.generation, entry.ticket])
 
     def _enter(self, session: Session, seq: int, name: str, flags: int, arrival: Receive) -> Entry:
@@ -178,9 +183,10 @@ class Handlers:
             self._loop.now,
             replace=bool(flags & REPLACE),
             ephemeral=bool(flags & EPHEMERAL),
+            charge=arrival.charge,
         )
-        # From here on the descriptor is the entry's.
-        arrival.fd = None
+        # From here on the descriptor is the entry's, and so is the charge.
+        arrival.fd = arrival.charge = None
         return entry
 
     def _retire(self, at: ServerConnection, seq: int, fields: Fields) -> Reply:
@@ -190,6 +196,7 @@ class Handlers:
         self._check_retire(at, name)
         if wait:
             self._lender.retire_and_wait(at.session, seq, name, self._loop.now, timeout)
+            self.wait_began()
             return None
         self._lender.retire(name, self._loop.now)
         self._lender.advance(at.session, seq)

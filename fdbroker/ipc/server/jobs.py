@@ -15,6 +15,7 @@ from fdbroker import descriptors
 from fdbroker.errors import FDBrokerError, UnsupportedKind
 from fdbroker.ipc.protocol.messages import MESSAGE_BYTES
 from fdbroker.ipc.server.worker_pool import CLOSE, Job
+from fdbroker.ipc.transport import parcel
 from fdbroker.ipc.transport.received import ReceivedFDs, closer
 from fdbroker.ipc.transport.rlimit import too_many_files
 from fdbroker.lender.accounting import GRACE
@@ -22,6 +23,7 @@ from fdbroker.rc import FD
 
 if TYPE_CHECKING:
     from fdbroker.ipc.transport import Channel
+    from fdbroker.lender.accounting import Charge
     from fdbroker.lender.model import Entry
 
 
@@ -40,8 +42,11 @@ class Receive(Job):
         self.fd: FD | None = None
         self.kind = descriptors.Kind.OTHER
         self.target = ""
+        self.parcel: object = None
         # Whether the thread may be receiving from the channel still.
         self.uses_channel = True
+        # What the user is charged for the descriptor, until that is an entry.
+        self.charge: Charge | None = None
         # What receiving raised, and what is wrong with the descriptor.
         self.error: OSError | None = None
         self.refusal: FDBrokerError | None = None
@@ -70,6 +75,7 @@ class Receive(Job):
             self.refusal = UnsupportedKind("unknown", reason)
         else:
             self.fd = FD(sysfd)
+            self.parcel = parcel(sysfd)
             self.received.detach()
 
     @property

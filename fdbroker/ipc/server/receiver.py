@@ -1,7 +1,7 @@
 """How the next message of a connection is received: by which thread, and in whose turn.
 
 * A peer that may do everything is served by the loop as soon as it has sent something.
-* The messages of everybody else are items of the fair queue: one message is one item.  While the
+* The messages of everybody else are items of the scheduler: one message is one item.  While the
   item waits, the port reports nothing but the end of the connection.
 * A connection that may put is received from by a worker, since its messages may bring descriptors
   (see the channel's module).  The worker also inspects what came, then the loop acts on it.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from time import thread_time_ns
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import QuotaExceeded
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server.delivery import Delivery
     from fdbroker.ipc.server.dispatcher import Dispatcher
     from fdbroker.ipc.server.event_loop import EventLoop
-    from fdbroker.ipc.server.fair_queue import FairQueue
+    from fdbroker.ipc.server.scheduler import FairScheduler
     from fdbroker.ipc.server.sessions import Sessions
     from fdbroker.ipc.server.worker_pool import WorkerPool
     from fdbroker.lender.accounting import Accounting, Charge
@@ -41,7 +42,7 @@ class Receiver:
         loop: EventLoop,
         accounting: Accounting,
         pool: WorkerPool,
-        queue: FairQueue,
+        scheduler: FairScheduler,
         sessions: Sessions,
         dispatcher: Dispatcher,
         delivery: Delivery,
@@ -52,7 +53,7 @@ class Receiver:
         self._loop = loop
         self._accounting = accounting
         self._pool = pool
-        self._queue = queue
+        self._scheduler = scheduler
         self._sessions = sessions
         self._dispatcher = dispatcher
         self._delivery = delivery
@@ -99,10 +100,7 @@ class Receiver:
     def _on_event(self, connection: ServerConnection, events: int) -> None:
         if connection.rights.unlimited:
             connection.serve()
-            return
-        others_wait = self._queue.busy
-        self._queue.submit(connection.account.uid, connection.serve)
-        if others_wait:
+        elif not self._scheduler.submit(connection.account.uid, connection.serve, self._loop.now):
             self._set_interest(connection, self._loop.port.mute, _wait_for_turn)
 
     def _take_turn(self, connection: ServerConnection) -> None:
@@ -141,46 +139,49 @@ class Receiver:
         if connection.rights.unlimited:
             item()
         else:
-            self._queue.submit(connection.account.uid, item)
+            self._scheduler.submit(connection.account.uid, item, self._loop.now)
 
     # --- by a worker ---
 
     def _receive_in_worker(self, connection: ServerConnection) -> None:
-        accounting, account = self._accounting, connection.account
+        account = connection.account
         try:
-            accounting.check_receive(account)
+            charge = self._accounting.charge_receive(account)
         except QuotaExceeded as error:
             self._dispatcher.reject(connection, error)
             return
-        most = int(accounting.free_descriptors > 0)
-        charge = accounting.charge(account, "closes", most)
-        job = connection.receiving = Receive(connection.channel, account, most)
+        job = Receive(connection.channel, account, charge.count)
+        connection.receiving = job
         self._pool.submit(job, partial(self._received, connection, job, charge))
-        self.arm(connection)
 
     def _received(self, connection: ServerConnection, job: Receive, charge: Charge) -> None:
-        self._queue.charge(connection.account.uid, job.took)
-        self._in_turn(connection, partial(self._act, connection, job, charge))
-
-    def _act(self, connection: ServerConnection, job: Receive, charge: Charge) -> None:
-        """Act on what a worker has received; close what nobody took of it."""
+        """Act on what a worker has received, and charge its user for the time of both."""
+        begun = thread_time_ns()
         connection.receiving = None
+        job.charge = charge
         try:
-            if connection.state == ENDED:
-                self._worker_is_done(connection)
-            elif job.crash or (job.error and not isinstance(job.error, BlockingIOError)):
-                self._end(connection)
-            elif job.error is None:
-                connection.arrival = job
-                self._dispatcher.dispatch(connection, job.data)
+            self._act(connection, job)
         finally:
             connection.arrival = None
-            left = job.detach_fds()
-            charge.set(len(left))
-            if left:
-                discard(self._pool, charge, left)
+            if job.charge is not None:
+                left = job.detach_fds()
+                charge.set(len(left))
+                if left:
+                    discard(self._pool, charge, left)
             self.arm(connection)
+            if not connection.rights.unlimited:
+                took = job.took + thread_time_ns() - begun
+                self._scheduler.charge(connection.account.uid, took)
+
+    def _act(self, connection: ServerConnection, job: Receive) -> None:
+        if connection.state == ENDED:
+            self._worker_is_done(connection)
+        elif job.crash or (job.error and not isinstance(job.error, BlockingIOError)):
+            self._end(connection)
+        elif job.error is None:
+            connection.arrival = job
+            self._dispatcher.dispatch(connection, job.data)
 
 
 def _wait_for_turn(connection: ServerConnection, events: int) -> None:
-    """Do nothing: the item of the connection is in the fair queue, and finds out by itself."""
+    """Do nothing: the item of the connection waits in the scheduler, and finds out by itself."""

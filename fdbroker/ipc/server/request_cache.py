@@ -20,7 +20,6 @@ from fdbroker.ipc.protocol.messages import (
     READONLY,
     RETIRE,
     UINT64,
-    decode_request,
 )
 from fdbroker.lender.model import LoanRequest
 
@@ -33,7 +32,7 @@ Decoded = tuple[int, Any]
 
 
 class RequestCache:
-    """Decodes requests, and knows those that it has decoded before.
+    """Requests that were decoded before.
 
     `split[size](buffer)` takes a request of that size apart: its head, its seq, its tail.  It has
     no such size if no known request has it: KeyError.  `known[head + tail]` is the verb and the
@@ -45,12 +44,6 @@ class RequestCache:
     def __init__(self) -> None:
         self.known: OrderedDict[bytes, Decoded] = OrderedDict()
         self.split: dict[int, Callable[[bytes | bytearray], tuple[bytes, int, bytes]]] = {}
-
-    def decode(self, data: bytes) -> tuple[int, int, Any]:
-        """The verb, the seq and the fields of a request; `ProtocolError` if it fits no table."""
-        verb, seq, fields = decode_request(data)
-        convert = _CONVERSIONS.get(verb)
-        return verb, seq, fields if convert is None else convert(*fields)
 
     def remember(self, data: bytes, verb: int, fields: Any) -> None:
         """Keep a request that was decoded, if its form can be known again."""
@@ -84,4 +77,4 @@ def _nanoseconds(timeout: float | None) -> int | None:
 
 
 # What the lender takes in place of the fields of a message.
-_CONVERSIONS: dict[int, Callable[..., Any]] = {BORROW: _loan_request, RETIRE: _retirement}
+CONVERSIONS: dict[int, Callable[..., Any]] = {BORROW: _loan_request, RETIRE: _retirement}

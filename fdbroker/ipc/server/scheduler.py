@@ -13,13 +13,17 @@ locked out for long.  Credit is at most one quantum, and is lost when the user's
 that nobody can save it up.  When nothing is ready at all, nobody waits for anybody, and every
 deficit is forgiven.
 
-Users and items are opaque, and times are arguments: nothing here knows a socket or a clock.
+`submit` and `run_next` run items that are callables.  While nobody waits there is nothing to be
+fair about, so `submit` runs an item at once, the first of each user in each turn of the loop.
+
+Users, items and turns are opaque, and the clock is an argument: nothing here knows a socket.  The
+broker's clock is thread CPU time, so that preemption is not charged to a user.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 QUANTUM = 1_000_000
@@ -27,35 +31,62 @@ MOST_DEFICIT = 10 * QUANTUM
 
 
 class FairScheduler:
-    """Chooses the next of the items that are ready."""
+    """Chooses the next of the items that are ready.
 
-    __slots__ = ("_balances", "_queues")
+    `queues` is true while any item is ready.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_balances", "_clock", "_served", "_turn", "queues")
+
+    def __init__(self, clock: Callable[[], int]) -> None:
         # The users who have an item ready, in the order of their turns, each with its items.
-        self._queues: OrderedDict[Hashable, OrderedDict[Any, None]] = OrderedDict()
+        self.queues: OrderedDict[Hashable, OrderedDict[Any, None]] = OrderedDict()
+        self._clock = clock
+        # The users whose item was run at once in the loop's turn that was seen last.
+        self._turn: object = None
+        self._served: set[Hashable] = set()
         # Nanoseconds, of each user for whom they are not zero.
         self._balances: dict[Hashable, int] = {}
 
-    def __bool__(self) -> bool:
-        """Whether any item is ready."""
-        return bool(self._queues)
+    def submit(self, user: Hashable, item: Callable[[], object], turn: object) -> bool:
+        """Run the item now, if nobody waits and it is the user's first in this turn of the loop;
+        else queue it.  Returns whether it was run."""
+        if turn != self._turn:
+            self._turn = turn
+            self._served.clear()
+        if self.queues or user in self._served:
+            self.ready(user, item)
+            return False
+        self._served.add(user)
+        item()
+        return True
+
+    def run_next(self) -> None:
+        """Run the item that is to be served now, and charge its user for the time it takes."""
+        chosen = self.next()
+        if chosen is not None:
+            user, item = chosen
+            begun = self._clock()
+            try:
+                item()
+            finally:
+                self.charge(user, self._clock() - begun)
 
     def ready(self, user: Hashable, item: Hashable) -> None:
         """Queue an item of a user, behind those the user has; once, if it is queued already."""
-        queue = self._queues.get(user)
+        queue = self.queues.get(user)
         if queue is None:
-            self._queues[user] = OrderedDict(((item, None),))
+            self.queues[user] = OrderedDict(((item, None),))
         else:
             queue[item] = None
 
     def is_ready(self, user: Hashable, item: Hashable) -> bool:
         """Whether the item is queued."""
-        return item in self._queues.get(user, ())
+        return item in self.queues.get(user, ())
 
     def discard(self, user: Hashable, item: Hashable) -> None:
         """Take the item out, if it is queued."""
-        queue = self._queues.get(user)
+        queue = self.queues.get(user)
         if queue is not None and item in queue:
             del queue[item]
             if not queue:
@@ -63,18 +94,17 @@ class FairScheduler:
 
     def next(self) -> tuple[Hashable, Any] | None:
         """Take out the item to be served now: its user and the item; None if nothing is ready."""
-        if not self._queues:
-            self._balances.clear()
+        if not self.queues:
             return None
         user = self._first_not_in_deficit()
         if user is None:
             self._begin_round()
             user = self._first_not_in_deficit()
         assert user is not None
-        queue = self._queues[user]
+        queue = self.queues[user]
         item, _ = queue.popitem(last=False)
         if queue:
-            self._queues.move_to_end(user)
+            self.queues.move_to_end(user)
         else:
             self._empty(user)
         return user, item
@@ -83,10 +113,12 @@ class FairScheduler:
         """Note that the user has used so much of the broker's time."""
         balance = self._balances.get(user, 0) - nanoseconds
         self._balances[user] = max(balance, -MOST_DEFICIT)
+        if not self.queues:
+            self._balances.clear()
 
     def _first_not_in_deficit(self) -> Hashable | None:
         balances = self._balances
-        for user in self._queues:
+        for user in self.queues:
             if balances.get(user, 0) >= 0:
                 return user
         return None
@@ -94,13 +126,13 @@ class FairScheduler:
     def _begin_round(self) -> None:
         """Give every ready user as many quanta as the one least in deficit needs."""
         balances = self._balances
-        least = min(-balances[user] for user in self._queues)
+        least = min(-balances[user] for user in self.queues)
         given = QUANTUM * -(-least // QUANTUM)
-        for user in self._queues:
+        for user in self.queues:
             balances[user] = min(balances[user] + given, QUANTUM)
 
     def _empty(self, user: Hashable) -> None:
         """The user has no item left: what credit it has is lost."""
-        del self._queues[user]
+        del self.queues[user]
         if self._balances.get(user, -1) >= 0:
             self._balances.pop(user, None)

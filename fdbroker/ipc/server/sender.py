@@ -51,20 +51,19 @@ class Sender:
 
     def send(self, connection: ServerConnection, data: bytes) -> int:
         """Send a message without descriptors, now or never."""
-        unread = connection.channel.unread()
+        try:
+            unread = connection.channel.send(data)
+        except BlockingIOError:
+            log.warning("event=ended %s reason=it-does-not-read", connection)
+            return BLOCKED
+        except OSError:
+            return CLOSED
         connection.bytes_charge.set(unread + len(data))
         if not unread:
             _note_in_flight(connection, 0)
         elif self._reads_too_little(connection.account):
             log.warning("event=ended %s reason=its-uid-reads-too-little", connection)
             return BLOCKED
-        try:
-            connection.channel.send(data)
-        except BlockingIOError:
-            log.warning("event=ended %s reason=it-does-not-read", connection)
-            return BLOCKED
-        except OSError:
-            return CLOSED
         return SENT
 
     def send_grant(

@@ -8,7 +8,7 @@
     delivery       answers, and what becomes of a grant that cannot be sent yet; with the sender
     sessions       all connections and their sessions
     disconnector   from the end of a session until its socket is closed
-    fair_queue     the turns of the users that are held to a quota; with the scheduler
+    scheduler      the turns of the users that are held to a quota
     worker_pool    threads for system calls that can take seconds; their jobs are in jobs
     policy         the rules, as they hold for each peer
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from functools import partial
+from time import thread_time_ns
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError
@@ -33,7 +34,6 @@ from fdbroker.ipc.server.delivery import Delivery
 from fdbroker.ipc.server.disconnector import Disconnector
 from fdbroker.ipc.server.dispatcher import Dispatcher
 from fdbroker.ipc.server.event_loop import SECOND, EventLoop
-from fdbroker.ipc.server.fair_queue import FairQueue
 from fdbroker.ipc.server.handlers import Handlers
 from fdbroker.ipc.server.jobs import CloseEntry
 from fdbroker.ipc.server.log import log_refusal
@@ -51,6 +51,8 @@ from fdbroker.lender.accounting import DEFAULT, Quota
 from fdbroker.lender.model import LENT, Peer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdbroker.ipc.server.event_loop import Timer
     from fdbroker.ipc.transport import Channel, Listener
     from fdbroker.lender import Lender
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from fdbroker.lender.model import Entry, Session
     from fdbroker.lender.rules import Rights, Rule
 
-# The fair queue's user for all who connect and are nobody yet.
+# The scheduler's user for all who connect and are nobody yet.
 NEWCOMERS = "newcomers"
 # A drain that may take longer has no deadline.
 LIFETIME_SECONDS = 10**10
@@ -81,24 +83,32 @@ class Server:
         self.lender = lender
         self.custody = custody or Custody()
         self.draining = False
-        self.loop = loop = EventLoop(Port(), now_ns, self.settle)
+        self._scheduler = scheduler = FairScheduler(thread_time_ns)
+        self.loop = loop = EventLoop(
+            Port(),
+            now_ns,
+            settle=self.settle,
+            work=(lender.notifications, lender.pending_closes),
+            run_next=scheduler.run_next,
+            backlog=scheduler.queues,
+        )
         self.workers = WorkerPool(loop.post, tuning)
         self._tuning = tuning
         self._policy = AccessPolicy()
         self._deadline: Timer | None = None
-        self._queue = queue = FairQueue(loop, FairScheduler())
-        self._sessions = Sessions(loop, lender, self.custody, queue, tuning, end=self.end)
+        self._sessions = Sessions(loop, lender, self.custody, scheduler, tuning, end=self.end)
         connections = self._sessions.connections
         self._sender = Sender(loop, accounting, connections.keys(), tuning)
-        self._disconnector = Disconnector(loop, self.workers, queue, accounting, tuning)
+        self._disconnector = Disconnector(loop, self.workers, scheduler, accounting, tuning)
         self._delivery = Delivery(
-            *(loop, lender, self._sender, self.workers, queue),
+            *(loop, lender, self._sender, self.workers, scheduler),
             end=self.end,
             rearm=self._rearm,
         )
         self._handlers = Handlers(
             *(loop, lender, self._delivery),
-            keep=self.keep,
+            custody=self.custody,
+            wait_began=self._arm_deadline,
             refresh_usage=self._sender.refresh_unread,
             stats=self.stats,
         )
@@ -109,7 +119,7 @@ class Server:
             rearm=self._rearm,
         )
         self._receiver = Receiver(
-            *(loop, accounting, self.workers, queue, self._sessions),
+            *(loop, accounting, self.workers, scheduler, self._sessions),
             *(self._dispatcher, self._delivery),
             end=self.end,
             worker_is_done=self._disconnector.worker_is_done,
@@ -117,7 +127,7 @@ class Server:
         self._acceptor = Acceptor(
             *(loop, listener, accounting, tuning),
             on_connect=self._connect,
-            schedule=partial(queue.submit, NEWCOMERS),
+            schedule=self._schedule_newcomer,
         )
 
     @property
@@ -136,6 +146,7 @@ class Server:
         # The kernel counts those in flight by the broker's uid, against the same limit.
         accounting.capacity["inflight"] = limit()
         self.settle()
+        self._arm_deadline()
         self.loop.run()
 
     def drain(self, seconds: float | None) -> None:
@@ -154,6 +165,12 @@ class Server:
         for entry in [*lender.names.values(), *lender.tickets.values()]:
             lender.start_retiring(entry, self.now)
         self.settle()
+        self.workers.on_done = self._stop_if_drained
+        self._stop_if_drained()
+
+    def _stop_if_drained(self) -> None:
+        if not self.lender.entries and not self.workers.drain_waits:
+            self.loop.stop()
 
     def close(self) -> None:
         """End all sessions and stop listening; what is still lent stays valid at the borrowers."""
@@ -235,6 +252,9 @@ class Server:
             raise
         self._sessions.add(connection)
 
+    def _schedule_newcomer(self, accept: Callable[[], None]) -> None:
+        self._scheduler.submit(NEWCOMERS, accept, self.now)
+
     def _refusal(self, account: Account, peer: Peer, rights: Rights) -> FDBrokerError | None:
         """Why the peer may not connect; None if it may."""
         try:
@@ -249,7 +269,7 @@ class Server:
         """End a connection: its loan is back, then custody is told, then its slot is free."""
         if connection.state == ENDED:
             return
-        self._queue.discard(connection.account.uid, connection.serve)
+        self._scheduler.discard(connection.account.uid, connection.serve)
         self._delivery.drop_pending(connection)
         self._sessions.remove(connection)
         self._disconnector.hang_up(connection)
@@ -260,19 +280,8 @@ class Server:
     # --- what the lender has decided ---
 
     def settle(self) -> None:
-        """Act on what the last event left to be done for others."""
-        lender = self.lender
-        if lender.notifications or lender.pending_closes:
-            self._deliver()
-        if lender.deadlines:
-            self._arm_deadline()
-        if self._acceptor.paused:
-            self._acceptor.resume_if_room()
-        if self.draining and not lender.entries and not self.workers.drain_waits:
-            self.loop.stop()
-
-    def _deliver(self) -> None:
-        """Notify the sessions that wait, each in its user's turn, and have entries closed."""
+        """Act on what the last event left to be done for others: notify the sessions that wait,
+        each in its user's turn, and have entries closed."""
         lender = self.lender
         while lender.notifications or lender.pending_closes:
             while lender.notifications:
@@ -284,7 +293,7 @@ class Server:
                 if connection.rights.unlimited:
                     notify()
                 else:
-                    self._queue.submit(connection.account.uid, notify)
+                    self._scheduler.submit(connection.account.uid, notify, self.now)
             while lender.pending_closes:
                 self._close_entry(lender.pending_closes.popleft())
 
@@ -309,19 +318,21 @@ class Server:
 
     def _close_entry(self, entry: Entry) -> None:
         """Have a worker give back the last reference of an entry: the final close."""
-        charge = self.lender.accounting.charge(entry.account, "closing")
-        job = CloseEntry(entry, entry.account)
-        self.workers.submit(job, partial(self._entry_closed, entry, job, charge))
+        accounting, account = self.lender.accounting, entry.account
+        charges = accounting.charge(account, "closes"), accounting.charge(account, "closing")
+        job = CloseEntry(entry, account)
+        self.workers.submit(job, partial(self._entry_closed, entry, job, charges))
 
-    def _entry_closed(self, entry: Entry, job: CloseEntry, charge: Charge) -> None:
+    def _entry_closed(self, entry: Entry, job: CloseEntry, charges: tuple[Charge, ...]) -> None:
         error = OSError(job.crash) if job.crash else job.error
         if error is not None:
             log.error("event=close-failed entry=%s error=%r", entry.name, str(error))
         if entry.account is not None:
-            self._queue.charge(entry.account.uid, job.took)
+            self._scheduler.charge(entry.account.uid, job.took)
         self.custody.drop_entry(entry.slot)
         self.lender.closed(entry, error)
-        charge.release()
+        for charge in charges:
+            charge.release()
 
     # --- time ---
 
@@ -338,3 +349,4 @@ class Server:
         """End the wait whose deadline is the earliest.  Others have a turn before the next one."""
         self._deadline = None
         self.lender.expire(self.now)
+        self._arm_deadline()

@@ -13,7 +13,7 @@ from fdbroker.lender.model import FREE
 if TYPE_CHECKING:
     from fdbroker.ipc.server.custody import Custody
     from fdbroker.ipc.server.event_loop import EventLoop
-    from fdbroker.ipc.server.fair_queue import FairQueue
+    from fdbroker.ipc.server.scheduler import FairScheduler
     from fdbroker.ipc.server.tuning import Tuning
     from fdbroker.lender import Lender
     from fdbroker.lender.model import Session
@@ -29,7 +29,7 @@ class Sessions:
         loop: EventLoop,
         lender: Lender,
         custody: Custody,
-        queue: FairQueue,
+        scheduler: FairScheduler,
         tuning: Tuning,
         *,
         end: Callable[[ServerConnection], None],
@@ -38,7 +38,7 @@ class Sessions:
         self._loop = loop
         self._lender = lender
         self._custody = custody
-        self._queue = queue
+        self._scheduler = scheduler
         self._tuning = tuning
         self._end = end
         self._by_slot: dict[int, ServerConnection] = {}
@@ -87,7 +87,7 @@ class Sessions:
 
     def _is_late(self, connection: ServerConnection) -> None:
         connection.timer = None
-        if self._queue.is_queued(connection.account.uid, connection.serve):
+        if self._scheduler.is_ready(connection.account.uid, connection.serve):
             # It has said something, and we have not listened yet.
             self.expect_progress(connection)
             return

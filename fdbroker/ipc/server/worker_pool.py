@@ -143,6 +143,8 @@ class WorkerPool:
         self.pending = 0
         self.dedicated = 0
         self.drain_waits = 0
+        # Called after the completion of each job, once somebody waits for all of them.
+        self.on_done: Done | None = None
         try:
             for kind in (INSPECT, CLOSE):
                 queue = self._queues[kind] = WorkQueue(self._work, tuning.most_threads)
@@ -201,3 +203,5 @@ class WorkerPool:
             self.drain_waits -= job.drain_waits
             self._queues[job.queue].finished(job)
         job.done()
+        if self.on_done is not None:
+            self.on_done()

@@ -118,10 +118,14 @@ class Channel:
         ioctl(self.number, SIOCOUTQ, QUEUED)
         return queued[0] if queued[0] >= LEAST_QUEUED else 0
 
-    def send(self, data: bytes) -> None:
-        """Send a message now or never.  BlockingIOError: the client reads too little.  OSError: it
-        has gone."""
+    def send(self, data: bytes) -> int:
+        """Send a message now or never.  Returns how many bytes were unread before it.
+
+        BlockingIOError: the client reads too little.  OSError: it has gone.
+        """
+        unread = self.unread()
         self._sock.send(data, SEND_NOW)
+        return unread
 
     def lend(self, data: bytes, parcels: Sequence[Parcel]) -> bool:
         """Send a message with copies of these descriptors, now or never, all of it or nothing.
