@@ -301,9 +301,8 @@ class Lender:
         if charge is not None:
             charge.become("entries")
             entry.charge = charge
-        self.state.write_entry(entry)
         replaced = self.names.get(name) if name else None
-        self.state.add_entry(entry)
+        self.state.put_entry(entry)
         if session is not None:
             self.advance(session, seq)
         if replaced is not None:

@@ -244,8 +244,8 @@ class LenderState:
 
     # --- entries ---
 
-    def write_entry(self, entry: Entry) -> None:
-        """Write a new entry to the ledger."""
+    def put_entry(self, entry: Entry) -> None:
+        """Write a new entry to the ledger, and add it to the tables."""
         key = entry.name.encode() or entry.ticket
         flags = ENTRY_EPHEMERAL * entry.ephemeral | ENTRY_NAMELESS * (not entry.name)
         record = EntryRecord(
@@ -259,6 +259,7 @@ class LenderState:
             key,
         )
         self.ledger.write_entry(entry.slot, entry.generation, LIVE, record)
+        self.add_entry(entry)
 
     def add_entry(self, entry: Entry) -> None:
         """Add an entry that is in the ledger to the tables, and charge for it."""

@@ -142,7 +142,8 @@ class Dispatcher:
         if verb in CONVERSIONS:
             fields = CONVERSIONS[verb](*fields)
         arrival = connection.arrival
-        if arrival is not None and arrival.brought and not VERBS[verb].takes_descriptor:
+        brought = arrival is not None and (arrival.count or arrival.truncated)
+        if brought and not VERBS[verb].takes_descriptor:
             raise ProtocolError("client", "it sent descriptors that nobody asked for")
         if connection.state == HANDSHAKE:
             self._greet(connection, verb, seq, fields)

@@ -176,8 +176,7 @@ class EventLoop:
                 self._call(callback)
 
     def _run_posted(self, subject: None, events: int) -> None:
-        self.port.clear_wake()
-        for _ in range(len(self._posted)):
+        while self._posted:
             self._call(self._posted.popleft())
 
     def note_cancelled(self) -> None:

@@ -151,9 +151,9 @@ class Handlers:
         name, flags = fields
         _require(at, IDLE, LENT)
         arrival = at.arrival
-        if arrival is not None and arrival.lost_all:
+        if arrival is not None and arrival.truncated and not arrival.count:
             raise too_many_files("broker")
-        if arrival is None or not arrival.brought_one:
+        if arrival is None or arrival.truncated or arrival.count != 1:
             raise ProtocolError("client", "a put brings one descriptor")
         if not flags & NAMELESS:
             check_name(name)

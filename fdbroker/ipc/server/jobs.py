@@ -38,7 +38,10 @@ class Receive(Job):
     def __init__(self, channel: Channel, user: Hashable, most: int) -> None:
         self.user = user
         self.data = b""
-        self.received = ReceivedFDs()
+        self.received: ReceivedFDs | None = None
+        # How many descriptors came and have a number, and whether others came.
+        self.count = 0
+        self.truncated = False
         self.fd: FD | None = None
         self.kind = descriptors.Kind.OTHER
         self.target = ""
@@ -62,10 +65,13 @@ class Receive(Job):
             self.error = error.with_traceback(None)
         finally:
             self.uses_channel = False
-        if len(self.received.fds) == 1:
-            self._inspect(self.received.fds[0])
+        if self.received is not None:
+            self.count, self.truncated = len(self.received.fds), self.received.truncated
+            if self.count == 1:
+                self._inspect(self.received)
 
-    def _inspect(self, sysfd: int) -> None:
+    def _inspect(self, received: ReceivedFDs) -> None:
+        (sysfd,) = received.fds
         try:
             self.kind, self.target = descriptors.inspect(sysfd)
         except FDBrokerError as error:
@@ -76,28 +82,11 @@ class Receive(Job):
         else:
             self.fd = FD(sysfd)
             self.parcel = parcel(sysfd)
-            self.received.detach()
-
-    @property
-    def brought(self) -> bool:
-        """Whether the message came with descriptors."""
-        return self.brought_one or self.received.truncated or bool(self.received.fds)
-
-    @property
-    def brought_one(self) -> bool:
-        """Whether it came with one descriptor and no more."""
-        one = self.fd is not None or self.refusal is not None
-        return one and not self.received.truncated
-
-    @property
-    def lost_all(self) -> bool:
-        """Whether it came with descriptors, and there was no number for any of them."""
-        none = self.fd is None and not self.received.fds
-        return none and self.received.truncated
+            received.detach()
 
     def detach_fds(self) -> list[int]:
         """The descriptors that came and that nobody took; they are the caller's from now on."""
-        sysfds = list(self.received.detach())
+        sysfds = [] if self.received is None else list(self.received.detach())
         if self.fd is not None:
             sysfds.append(self.fd.detach())
             self.fd = None

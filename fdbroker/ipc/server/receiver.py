@@ -67,9 +67,9 @@ class Receiver:
         connection.interest = self._loop.port.listen
 
     def _handler(self, connection: ServerConnection) -> Handler:
-        if connection.rights.unlimited and not connection.puts:
-            return self._dispatcher.serve
-        return self._on_event
+        if connection.puts:
+            return self._on_put_event
+        return self._dispatcher.serve if connection.rights.unlimited else self._on_event
 
     def arm(self, connection: ServerConnection) -> None:
         """Have the port report what comes next of a connection, by its state of now."""
@@ -79,10 +79,11 @@ class Receiver:
         if connection.state == AWAITING_READ:
             self._sessions.expect_progress(connection)
             self._set_interest(connection, port.await_read, self._on_read)
-        elif connection.receiving is not None:
-            self._set_interest(connection, port.mute, self._on_gone)
-        else:
+        elif not connection.puts:
             self._set_interest(connection, port.listen, self._handler(connection))
+        elif connection.receiving is None:
+            connection.interest = None
+            self._set_interest(connection, port.listen_once, self._on_put_event)
 
     def _set_interest(
         self,
@@ -98,26 +99,35 @@ class Receiver:
     # --- in turn ---
 
     def _on_event(self, connection: ServerConnection, events: int) -> None:
-        if connection.rights.unlimited:
-            connection.serve()
-        elif not self._scheduler.submit(connection.account.uid, connection.serve, self._loop.now):
+        """A connection that waits for its turn, and does not put, has something."""
+        if self._scheduler.admits(connection.account.uid, self._loop.now):
+            self._dispatcher.serve(connection)
+        else:
+            self._scheduler.ready(connection.account.uid, connection.serve)
             self._set_interest(connection, self._loop.port.mute, _wait_for_turn)
 
+    def _on_put_event(self, connection: ServerConnection, events: int) -> None:
+        """A connection that puts has something, or has gone; the port reports that once."""
+        if connection.receiving is None:
+            uid, turn = connection.account.uid, self._loop.now
+            if connection.rights.unlimited or self._scheduler.admits(uid, turn):
+                self._receive_in_worker(connection)
+            else:
+                self._scheduler.ready(uid, connection.serve)
+        elif events & GONE:
+            # Its loan need not wait for what a worker receives.
+            self._loop.unwatch(connection.channel)
+            self._in_turn(connection, partial(self._end, connection))
+
     def _take_turn(self, connection: ServerConnection) -> None:
-        """Serve one message of a connection."""
-        if connection.state == ENDED:
+        """Serve one message of a connection that had to wait for its turn."""
+        if connection.state == ENDED or connection.receiving is not None:
             return
         if connection.puts:
             self._receive_in_worker(connection)
         else:
             self._dispatcher.serve(connection)
-        self.arm(connection)
-
-    def _on_gone(self, connection: ServerConnection, events: int) -> None:
-        """The client has gone while a worker receives: its loan need not wait for that."""
-        if events & GONE:
-            self._loop.unwatch(connection.channel)
-            self._in_turn(connection, partial(self._end, connection))
+            self.arm(connection)
 
     def _on_read(self, connection: ServerConnection, events: int) -> None:
         """The client has read a message, or is gone; then what it sent before is received."""
@@ -169,7 +179,7 @@ class Receiver:
                 if left:
                     discard(self._pool, charge, left)
             self.arm(connection)
-            if not connection.rights.unlimited:
+            if self._scheduler.queues and not connection.rights.unlimited:
                 took = job.took + thread_time_ns() - begun
                 self._scheduler.charge(connection.account.uid, took)
 

@@ -14,7 +14,7 @@ that nobody can save it up.  When nothing is ready at all, nobody waits for anyb
 deficit is forgiven.
 
 `submit` and `run_next` run items that are callables.  While nobody waits there is nothing to be
-fair about, so `submit` runs an item at once, the first of each user in each turn of the loop.
+fair about: the first item of each user in each turn of the loop is run at once, and not charged.
 
 Users, items and turns are opaque, and the clock is an argument: nothing here knows a socket.  The
 broker's clock is thread CPU time, so that preemption is not charged to a user.
@@ -48,18 +48,23 @@ class FairScheduler:
         # Nanoseconds, of each user for whom they are not zero.
         self._balances: dict[Hashable, int] = {}
 
-    def submit(self, user: Hashable, item: Callable[[], object], turn: object) -> bool:
-        """Run the item now, if nobody waits and it is the user's first in this turn of the loop;
-        else queue it.  Returns whether it was run."""
+    def admits(self, user: Hashable, turn: object) -> bool:
+        """Whether the user's item may be run at once: nobody waits, and it is the user's first in
+        this turn of the loop.  If so, the caller runs it."""
         if turn != self._turn:
             self._turn = turn
             self._served.clear()
         if self.queues or user in self._served:
-            self.ready(user, item)
             return False
         self._served.add(user)
-        item()
         return True
+
+    def submit(self, user: Hashable, item: Callable[[], object], turn: object) -> None:
+        """Run the item now, if `admits` allows it; else queue it."""
+        if self.admits(user, turn):
+            item()
+        else:
+            self.ready(user, item)
 
     def run_next(self) -> None:
         """Run the item that is to be served now, and charge its user for the time it takes."""

@@ -23,7 +23,6 @@ from queue import SimpleQueue
 from time import monotonic, thread_time_ns
 
 from fdbroker.ipc.server.tuning import TUNING, Tuning
-from fdbroker.lender.accounting import fair_share
 
 # The kinds of threads.  A DEDICATED job has a thread of its own: it may hang, it is the broker's
 # own, and the end of the broker never waits for it.
@@ -104,9 +103,8 @@ class WorkQueue:
         if not self._free and not self._busy[user] and len(self.threads) < self._most:
             with suppress(OSError):
                 self.add_thread()
-        while (
-            waiting and self._free and self._busy[user] < fair_share(self._busy[user], self._free)
-        ):
+        # At most half of the threads that nobody else has.
+        while waiting and self._busy[user] < self._free:
             self._free -= 1
             self._busy[user] += 1
             self.jobs.put(waiting.popleft())

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import Any, Protocol
@@ -47,6 +46,7 @@ EMPTIED = int(select.EPOLLOUT)
 # The interests of a source.  EPOLLHUP and EPOLLERR are always reported; edge-triggered they are
 # reported once, so that a muted source cannot keep the loop awake.
 _LISTEN = HAS
+_LISTEN_ONCE = int(select.EPOLLIN | select.EPOLLET)
 _MUTE = int(select.EPOLLET)
 _AWAIT_READ = int(select.EPOLLOUT | select.EPOLLET)
 
@@ -82,7 +82,8 @@ class Port:
         self._sources: dict[int, Source] = {}
         self._most = LEAST_EVENTS
         self.waker = Watched(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        self.listen(self.waker)
+        # Edge-triggered, so that each write is an event and nobody has to read it.
+        self.listen_once(self.waker)
 
     def wait(self, seconds: float | None) -> Sequence[tuple[Source, int]]:
         """Wait until something happens, at most that long: the sources, each with its events."""
@@ -100,6 +101,13 @@ class Port:
     def listen(self, source: Source) -> None:
         """Report all that happens to `source`.  OSError: max_user_watches (epoll(7)) is reached."""
         self._set(source, _LISTEN)
+
+    def listen_once(self, source: Source) -> None:
+        """Report what is there of `source` once, and then what comes; GONE at any time.
+
+        Called again, it reports anew what is still there.
+        """
+        self._set(source, _LISTEN_ONCE)
 
     def mute(self, source: Source) -> None:
         """Report of `source` only that it is gone, once."""
@@ -127,11 +135,6 @@ class Port:
     def wake(self) -> None:
         """Have `wait` return with the `waker`.  For any thread."""
         os.eventfd_write(self.waker.number, 1)
-
-    def clear_wake(self) -> None:
-        """Note that all wake-ups so far were acted upon."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.waker.number)
 
     def watch_end(self, pidfd: int) -> Watched:
         """A source that has something once the process of `pidfd` has ended (pidfd_open(2))."""
