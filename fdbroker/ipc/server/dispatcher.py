@@ -93,7 +93,7 @@ class Dispatcher:
         """Receive one message and act on it.  After a RETURN the next request of a busy client is
         there already, and to look for it costs less than to wait at the port again."""
         session, receive, lender = connection.session, connection.channel.receive, self._lender
-        split, known, size = self._split, self._known, 0
+        split, known = self._split, self._known
         try:
             while True:
                 try:

@@ -65,7 +65,8 @@ class Timer:
 class EventLoop:
     """Calls back until it is stopped.  `now` is when the events at hand were taken.
 
-    work: containers; `settle` is called while any of them is not empty.  backlog: a container that
+    work: two containers, of notifications and of pending closes; `settle` is called while one of
+    them is not empty.  backlog: a container that
     is not empty while `run_next` has something to do.
     """
 
@@ -75,7 +76,7 @@ class EventLoop:
         now_ns: Callable[[], int],
         *,
         settle: Callback,
-        work: tuple[Container[Any], ...] = (),
+        work: tuple[Container[Any], Container[Any]] = ((), ()),
         run_next: Callback,
         backlog: Container[Any] = (),
     ) -> None:
@@ -120,22 +121,27 @@ class EventLoop:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        wait, now_ns, work = self.port.wait, self._now_ns, self._work
+        wait, now_ns, (notifications, closes) = self.port.wait, self._now_ns, self._work
         timers, backlog = self._timers, self._backlog
+        seconds: float | None = 0.0
         while not self._stopped:
-            happened = wait(self._seconds_to_wait() if timers or backlog else None)
+            happened = wait(seconds)
             self.now = now_ns()
             for source, events in happened:
                 try:
                     source.handler(source.subject, events)
                 except Exception:
                     log.exception("event=error")
-                if any(work):
+                if notifications or closes:
                     self._call(self._settle)
-            if timers:
-                self._run_timers()
-            if backlog:
-                self._call(self._run_next)
+            seconds = self._between_waits() if timers or backlog else None
+
+    def _between_waits(self) -> float | None:
+        """Call the timers that are due, run an item of the backlog; returns how long to wait."""
+        self._run_timers()
+        if self._backlog:
+            self._call(self._run_next)
+        return self._seconds_to_wait()
 
     def stop(self) -> None:
         """Have `run` return once the events at hand are handled."""

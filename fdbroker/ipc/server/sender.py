@@ -80,21 +80,19 @@ class Sender:
         sent, and the client is to be told why.
         """
         channel, session = connection.channel, connection.session
-        parcels: Sequence[Any]
-        if session.request.single:
-            data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
-            parcels = (session.entries[0].parcel,)
-        else:
-            data, parcels = _general_grant(session, seq, offset, fresh)
-        if len(parcels) != channel.in_flight:
-            if channel.unread():
-                return BLOCKED
-            try:
-                self._charge_in_flight(connection, len(parcels))
-            except QuotaExceeded as error:
-                return error
         try:
+            if session.request.single and channel.in_flight == 1:
+                # The fast path, which does what the rest of this method does for one entry.
+                data = pack_grant(GRANTED, seq, ONE_OF_ONE, session.since)
+                return SENT if channel.lend_one(data, session.entries[0].parcel) else BLOCKED
+            data, parcels = _general_grant(session, seq, offset, fresh)
+            if len(parcels) != channel.in_flight:
+                if channel.unread():
+                    return BLOCKED
+                self._charge_in_flight(connection, len(parcels))
             return SENT if channel.lend(data, parcels) else BLOCKED
+        except QuotaExceeded as error:
+            return error
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             return CLOSED
         except OSError as error:

@@ -134,16 +134,16 @@ class Channel:
         BlockingIOError, BrokenPipeError, ConnectionResetError as for `send`.  OSError
         (ETOOMANYREFS): too many descriptors of this process's uid are in flight.
         """
+        numbers = b"".join([number for ((_, _, number),) in parcels])
+        return self.lend_one(data, ((SOL_SOCKET, SCM_RIGHTS, numbers),))
+
+    def lend_one(self, data: bytes, parcel: Parcel) -> bool:
+        """As `lend`, of one descriptor."""
         # `unread`, without the call.
         ioctl(self.number, SIOCOUTQ, QUEUED)
         if queued[0] >= LEAST_QUEUED:
             return False
-        if len(parcels) == 1:
-            ancillary = parcels[0]
-        else:
-            numbers = b"".join(number for ((_, _, number),) in parcels)
-            ancillary = ((SOL_SOCKET, SCM_RIGHTS, numbers),)
-        self._send_message((data,), ancillary, SEND_NOW)
+        self._send_message((data,), parcel, SEND_NOW)
         return True
 
     # --- the end ---

@@ -87,11 +87,11 @@ class Port:
 
     def wait(self, seconds: float | None) -> Sequence[tuple[Source, int]]:
         """Wait until something happens, at most that long: the sources, each with its events."""
-        happened = self._epoll.poll(seconds, self._most)
-        count, sources = len(happened), self._sources
-        if count == 1:
+        happened, sources = self._epoll.poll(seconds, self._most), self._sources
+        if len(happened) == 1:
             number, events = happened[0]
             return ((sources[number], events),)
+        count = len(happened)
         if count == self._most:
             self._most = min(2 * count, MOST_EVENTS)
         elif count < self._most // 4:
