@@ -1,7 +1,7 @@
 """Topic `pool`: the worker of a pool borrows and returns a `SharedFD` that was pickled to it.
 
 A topic of its own, since a pool has threads in the process that makes it, and a client in a process
-with threads takes more care (forks.py): it would not be the one that `cycle` is about.
+with threads takes more care (client/fork.py): it would not be the one that `cycle` is about.
 """
 
 from __future__ import annotations

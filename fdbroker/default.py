@@ -16,15 +16,15 @@ _address: str | None = None
 def attach(address: str) -> None:
     """Make the broker at `address` this process's default, for `borrow` and `put`.
 
-    As ``initializer=fdbroker.attach, initargs=(broker.address,)`` of a pool it does so in each
-    worker.  It connects to nothing yet.
+    It connects to nothing yet.  A pool does this in each of its workers with
+    ``initializer=fdbroker.attach, initargs=(broker.address,)``.
     """
     global _address
     _address = address
 
 
 def default_client() -> Client:
-    """The client that `borrow` and `put` use: of the attached address, or the default one."""
+    """Return the client that `borrow` and `put` use: of the attached address, or the default."""
     return client_at(_address if _address is not None else default_address())
 
 
@@ -36,12 +36,12 @@ def borrow(
     timeout: float | None = None,
     purpose: str = "",
 ) -> Loan:
-    """`Client.borrow` on the default client."""
+    """Borrow with the default client: see `Client.borrow`."""
     return default_client().borrow(
         name, exclusive=exclusive, mode=mode, timeout=timeout, purpose=purpose
     )
 
 
 def put(name: str, obj: HasFileno | int, *, replace: bool = False, ephemeral: bool = False) -> int:
-    """`Client.put` on the default client."""
+    """Put with the default client: see `Client.put`."""
     return default_client().put(name, obj, replace=replace, ephemeral=ephemeral)

@@ -1,11 +1,11 @@
-"""What a piece of code left open: the descriptors of this process before and after it, and where
-each of the new ones was opened.
+"""Finds the descriptors that a piece of code left open, and where each of them was opened.
 
-What is open, the kernel says (/proc/self/fd).  Where it was opened, only Python can know, and of
-two things only: an audit hook (`sys.addaudithook`) is told of each opening of a file, with its
-path, and of each new socket object.  Neither has a number yet, so a file is found again by its
-path and a socket by its object.  Of a pipe, a dup, a memfd, an epoll, of what was received, and of
-what C code opens, nobody is told: that is said to be unknown rather than guessed.
+The kernel lists the open descriptors (/proc/self/fd), before the code and after it.  Where one was
+opened only Python can know, and of two kinds only: an audit hook (`sys.addaudithook`) is told of
+each opening of a file, with its path, and of each new socket object.  Neither has a number yet, so
+a file is found again by its path and a socket by its object.  The hook is not told of a pipe, a
+dup, a memfd, an epoll, of received descriptors, nor of what C code opens; their origin is reported
+as unknown and not guessed.
 
 An audit hook stays for as long as the process lives.  So it is added at the first check, and
 between checks it looks at one variable.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.client.client import HasFileno
 
 OPENINGS = 10_000  # of files that are remembered, the last ones
-FRAMES = 10  # of a stack that are remembered, the innermost
+FRAMES = 10  # innermost ones of a stack that are remembered
 STACKS = 3  # that are shown of one path that was opened in many places
 GRACE_SECONDS = 1.0  # for other threads to close what they have open just now
 RUNNERS = ("_pytest.", "pluggy.")  # the stack of a test ends where these begin
@@ -43,13 +43,13 @@ Stack = tuple[tuple[str, int, str], ...]  # file, line, function; the innermost 
 
 
 class Leak(NamedTuple):
-    """A descriptor that is open, and was not before."""
+    """A descriptor that is open now and was not before."""
 
     number: int
     kind: str
     """As `descriptors.Kind.label` has it: ``listening socket``."""
     where: str
-    """The path of a file, the address of a socket; what /proc says of the rest."""
+    """The path of a file, the address of a socket; for the rest the link in /proc."""
     stacks: list[Stack]
     """Where it was opened; several, if its path was opened in several places; none: unknown."""
 
@@ -68,8 +68,8 @@ class Leak(NamedTuple):
 class LeakCheck:
     """``with LeakCheck() as check:`` and, in the block, ``check.leaks()`` for what it left open.
 
-    For one thread at a time.  What this process's clients of brokers keep for the next request is
-    no leak, and neither are the helpers that multiprocessing starts once; a loan is.
+    For one thread at a time.  The sessions that clients of this process keep for the next request
+    are no leaks, and neither are the helpers that multiprocessing starts once; a loan is one.
     """
 
     def __init__(self) -> None:
@@ -92,16 +92,16 @@ class LeakCheck:
         _listen(self._outer)
 
     def keep(self, descriptor: HasFileno | int) -> None:
-        """This one is meant to stay open: it is no leak."""
+        """Count this descriptor, which is meant to stay open, as no leak."""
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         self._kept |= {one for one in _open_descriptors() if one.number == number}
 
     def leaks(self) -> list[Leak]:
-        """What was opened since the block began and is open still, by number.
+        """Return the descriptors that were opened since the block began and still are, by number.
 
-        What seems to leak is given two chances: a garbage collection, since objects of a cycle
-        close late, and in a process with several threads `GRACE_SECONDS`, since what another
-        thread has open just now may be closed the next instant.
+        A seeming leak is given two chances: a garbage collection, since objects of a cycle close
+        late, and in a process with several threads `GRACE_SECONDS`, since another thread may close
+        the next instant what it has open just now.
         """
         left = self._left()
         if left:
@@ -127,18 +127,18 @@ class LeakCheck:
                 kind = known.label
             except UnsupportedKind as error:
                 kind, where = error.kind, ""
-        except OSError:  # another thread has closed it just now
+        except OSError:  # another thread has closed it meanwhile
             return None
         return Leak(number, kind, where or link, self._openings.of(number, link))
 
 
 class Identity(NamedTuple):
-    """What makes a descriptor the same one as before; not its path, which may have changed."""
+    """Tells whether a descriptor is the same one as before, although its path may have changed."""
 
     number: int
     device: int
     inode: int
-    anonymous: str  # what it is, where all have one inode: an eventfd, an epoll
+    anonymous: str  # the kind of those that share one inode: an eventfd, an epoll
 
 
 def _open_descriptors() -> list[Identity]:
@@ -153,7 +153,7 @@ def _open_descriptors() -> list[Identity]:
 
 
 def _kept_for_life() -> set[int]:
-    """The numbers that libraries keep until the process ends, for whoever was the first to ask."""
+    """Return the numbers that libraries keep until the process ends, once they are first used."""
     numbers = set()
     for name, *attributes in (
         ("multiprocessing.resource_tracker", "_resource_tracker", "_fd"),
@@ -178,24 +178,24 @@ def _kept_for_life() -> set[int]:
 
 
 class Openings:
-    """What the audit hook was told of files and sockets.  Any thread may tell."""
+    """The openings of files and sockets that the audit hook was told of, by any thread."""
 
     def __init__(self) -> None:
         self._files: deque[tuple[str, bool, Stack]] = deque(maxlen=OPENINGS)
         self._sockets: WeakKeyDictionary[socket, Stack] = WeakKeyDictionary()
 
     def note_file(self, path: Any, flags: int, stack: Stack) -> None:
-        """A file is about to be opened; `path` may be a number, which is open already."""
+        """Note that a file is about to be opened; `path` may be a number, which is open already."""
         if not isinstance(path, int):
             nameless = flags & os.O_TMPFILE == os.O_TMPFILE  # then the path is that of its folder
             self._files.append((os.path.abspath(os.fsdecode(path)), nameless, stack))
 
     def note_socket(self, sock: Any, stack: Stack) -> None:
-        """A socket object is about to get its descriptor."""
+        """Note that a socket object is about to get its descriptor."""
         self._sockets[sock] = stack
 
     def of(self, number: int, link: str) -> list[Stack]:
-        """Where descriptor `number`, of which /proc/self/fd says `link`, may have been opened."""
+        """Return where descriptor `number`, with this link in /proc, may have been opened."""
         if link.startswith("socket:"):
             sockets = [reference() for reference in self._sockets.keyrefs()]
             return [
@@ -218,9 +218,9 @@ _hooked = False
 
 
 def _listen(openings: Openings | None) -> Openings | None:
-    """From now on the audit hook tells `openings`, or nobody.  The result is whom it told so far.
+    """Have the audit hook tell `openings` from now on; returns the ones that it told so far.
 
-    A check within a check, as of a test that runs pytest, hears all the while it lasts.
+    A check within a check, as in a test that runs pytest, is told as long as it lasts.
     """
     global _listening, _hooked
     if openings is not None and not _hooked:
@@ -234,8 +234,9 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
     openings = _listening
     if openings is None or event not in ("open", "socket.__new__"):
         return
-    # What a hook raises, the open itself would raise.  So what cannot be noted is not: the working
-    # directory is gone, the socket takes no weak reference, the event has another form.
+    # An exception of a hook would become one of the open itself.  So nothing is noted where it
+    # cannot be: the working directory is gone, the socket takes no weak reference, the event has
+    # another form.
     with contextlib.suppress(OSError, TypeError, ValueError):
         stack = _stack(sys._getframe().f_back)
         if event == "open":

@@ -229,9 +229,11 @@ def ask_as_somebody_else(address: str) -> None:
     os.chmod(folder, 0o711)
     os.chmod(address, 0o666)
 
+    client = fdbroker.Client(address)  # now, since NOBODY may not be able to read the package
+
     def ask() -> None:
         os.setuid(NOBODY)
-        fdbroker.Client(address).stats()
+        client.stats()
 
     try:
         support.in_fork(ask)

@@ -1,8 +1,8 @@
 """fdbroker exec: borrow, put the descriptors where a program looks for them, become the program.
 
-The session of the loan stays open in the program, at a high number that nobody uses: so the loan
-lasts as long as any process has it, the program or a child that it forked, and the broker is told
-of the end by the kernel.
+The session of the loan stays open in the program, at a high number that nothing else uses.  So
+the loan lasts as long as the program or a child that it forked has the session, and the kernel
+tells the broker of its end.
 
 Whoever starts a server waits for what this module imports, so it borrows with `Pool` and `borrow`,
 and has a `Client` only where one is needed: to make an entry, and to suggest a name.
@@ -45,7 +45,7 @@ FIRST_LISTEN_FD = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 IGNORED_BY_PYTHON = SIGPIPE, SIGXFSZ  # at its start, and an exec would pass that on (signal(7))
 LONGEST_NUMBER = 10  # in digits
 FLAGS = {"exclusive", "nonblocking"}  # of a --fd
-PAUSE = 0.02  # seconds between two looks for a broker that is not there yet
+PAUSE = 0.02  # seconds between two attempts to reach a broker that is not there yet
 
 DESCRIPTION = """\
 Borrow descriptors, put them where CMD looks for them, and become CMD.  The loan
@@ -66,7 +66,7 @@ does a child count that gets only some descriptors (uvicorn --workers)."""
 
 
 class Options:
-    """What was asked for, as far as nothing was said."""
+    """The options of the command line, with their defaults."""
 
     def __init__(self) -> None:
         self.fd: list[str] = []
@@ -79,9 +79,10 @@ class Options:
 
 
 def quickly(words: list[str]) -> Options | None:
-    """The options as nearly everybody gives them, each in full, its value after it, ``-- CMD``.
+    """Parse the usual form of the options: each in full, its value after it, then ``-- CMD``.
 
-    argparse takes as long to import as all the rest; it is left what is not so: None.
+    Returns None for any other form.  That is left to argparse, whose import takes as long as
+    everything else that this command does.
     """
     options, rest = Options(), iter(words)
     for word in rest:
@@ -109,7 +110,7 @@ def quickly(words: list[str]) -> Options | None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Describe the options of exec to argparse."""
     parser.description = DESCRIPTION
     parser.epilog = EXAMPLES
     parser.usage = "fdbroker exec --fd NAME[=N][,exclusive][,nonblocking] ... [options] -- CMD ..."
@@ -141,7 +142,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace | Options) -> int:
-    """Become the program; returns only if that cannot be done."""
+    """Borrow, place the descriptors and become the program; returns only by raising."""
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command or not command[0]:
         raise Misuse("exec: after -- comes the command that gets the descriptors")
@@ -162,13 +163,13 @@ def run(options: argparse.Namespace | Options) -> int:
     borrower = Borrower(options.socket, options.wait, options.purpose, listen)
     try:
         loans = borrower.borrow(wanted)
-    except ValueError as error:  # what the client says of a name or a purpose
+    except ValueError as error:  # a name or a purpose is wrong
         raise Misuse(f"exec: {error}") from None
     _become(command, environment, wanted, targets, loans)
 
 
 class Wanted:
-    """One ``--fd``: which entry, at which number, how.  `Misuse`, `BadName`."""
+    """One ``--fd``: which entry, at which number, and how.  Raises `Misuse`, `BadName`."""
 
     __slots__ = ("exclusive", "name", "nonblocking", "number")
 
@@ -196,7 +197,10 @@ def _listening(word: str) -> tuple[str, str]:
 
 
 def _number_from_three(wanted: list[Wanted]) -> dict[str, str]:
-    """Number all that have none as sd_listen_fds(3) wants it; the environment that says so."""
+    """Number the descriptors without a number as sd_listen_fds(3) expects them.
+
+    Returns the environment variables that tell the program.
+    """
     told = [one for one in wanted if one.number is None]
     for number, one in enumerate(told, FIRST_LISTEN_FD):
         one.number = number
@@ -218,7 +222,7 @@ def _targets(wanted: list[Wanted]) -> set[int]:
 
 
 class Borrower:
-    """Borrows from a broker that may not be there yet, entries that may have to be made."""
+    """Borrows entries that may have to be made, from a broker that may not be there yet."""
 
     def __init__(
         self, address: str | None, wait: float, purpose: str, listen: dict[str, str]
@@ -230,9 +234,10 @@ class Borrower:
         self._made: set[str] = set()
 
     def borrow(self, wanted: list[Wanted]) -> list[Loan]:
-        """One loan of all, or one of those that are exclusive and then one of the others.
+        """Return one loan of all entries, or one of the exclusive ones and one of the shared ones.
 
-        Who has the others may be waiting for those: so they are given back while others are out.
+        A process that has a shared one may be waiting for an exclusive one.  So the exclusive loan
+        is given back while a shared entry cannot be had.
         """
         names = dict.fromkeys(one.name for one in wanted)
         exclusive = list(dict.fromkeys(one.name for one in wanted if one.exclusive))
@@ -302,7 +307,7 @@ def _become(
     targets: set[int],
     loans: list[Loan],
 ) -> NoReturn:
-    """Place what was borrowed and execute the command; its own end if that cannot be done."""
+    """Place what was borrowed and execute the command; exit if that cannot be done."""
     complaints = -1 if sys.stderr is None else 2  # it was closed, and may be the session by now
     if complaints in targets:
         complaints = placing.out_of_the_way(2, targets)
@@ -320,7 +325,8 @@ def _become(
             signal(number, SIG_DFL)
         os.execvpe(words[0], words, environment)
     except BaseException as error:
-        # nothing of ours is where Python thinks it is; the end of this process returns the loans
+        # No descriptor is where Python thinks it is, so nothing can be undone.  The end of this
+        # process returns the loans.
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             status, text = NOT_FOUND, f"{command[0]}: not found"
         elif isinstance(error, OSError):
@@ -333,7 +339,7 @@ def _become(
 
 
 def _filled_in(command: list[str], names: list[str], numbers: list[int]) -> list[str]:
-    """The command with the number of each descriptor, its first one, for its name in braces."""
+    """Return the command with the number of each descriptor in the place of its name in braces."""
     words = []
     for word in command:
         for name, number in zip(names, numbers, strict=True):
@@ -343,7 +349,7 @@ def _filled_in(command: list[str], names: list[str], numbers: list[int]) -> list
 
 
 def _inherited_sessions() -> list[int]:
-    """Those of loans that this process has already: one exec may be the program of another."""
+    """Return the sessions of loans that this process was started with by another exec."""
     found = []
     for word in os.environ.get("FDBROKER_LOAN_FD", "").split(":"):
         with suppress(ValueError, OSError, OverflowError):

@@ -44,6 +44,7 @@ def test_a_thread_that_cannot_start_is_an_error_at_the_start(tmp_path, threads):
         server.do(f"""
             import argparse, resource
             from fdbroker import cli
+            from fdbroker.cli import options, serve  # which the other uid may not be able to read
             from fdbroker.daemon import log, serve
             os.mkdir({str(tmp_path / "folder")!r})
             os.chdir({str(tmp_path / "folder")!r})

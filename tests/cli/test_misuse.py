@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,9 @@ def test_the_broker_dies_meanwhile(peer: Peer) -> None:
 def test_not_permitted(broker: fdbroker.Broker, line: str) -> None:
     """In a fork: our interpreter may be where another uid cannot start it."""
     _, _, _, _, _, *arguments = words(broker.address, *split(line))
+    # The other uid may not be able to read the package.
+    import_module("fdbroker.cli.options")
+    import_module(f"fdbroker.cli.{arguments[0]}")
     with tempfile.TemporaryFile("w+") as said:
 
         def run_as_somebody_else() -> int:

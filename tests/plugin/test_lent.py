@@ -217,7 +217,7 @@ def test_the_plugin_can_be_left_out(project: pytest.Pytester) -> None:
     assert "fixture 'lent_port' not found" in result.stdout.str()
 
 
-def test_what_pytest_loads_is_one_file() -> None:
+def test_pytest_loads_one_small_file_and_the_package() -> None:
     script = """
 import pytest, sys
 before = {*sys.modules}
@@ -225,7 +225,7 @@ import fdbroker.pytest_plugin
 print(*sorted({*sys.modules} - before))
 """
     out = subprocess.check_output([sys.executable, "-c", script], text=True)
-    assert out.split() == ["fdbroker", "fdbroker.pytest_plugin"]
+    assert out.split() == ["fdbroker", "fdbroker._lazy", "fdbroker.pytest_plugin"]
 
 
 def test_the_fixtures_are_documented(project: pytest.Pytester) -> None:

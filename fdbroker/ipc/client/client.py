@@ -103,7 +103,7 @@ class Client:
     ) -> Loan:
         """Borrow the entry `name`, now; the loan is returned by its `close`, ``with`` or death.
 
-        exclusive: nobody else has it meanwhile; waits for its turn, in order of arrival.
+        exclusive: no other loan is out meanwhile; waits for its turn, in order of arrival.
         mode: ``"r"`` for a read-only description with an offset of its own (regular files, memfds).
         timeout: seconds to wait for the turn; None waits for ever, 0 not at all.
         purpose: up to 128 bytes that `loans` shows to others.
@@ -166,7 +166,7 @@ class Client:
         return int(generation)
 
     def share(self, obj: HasFileno | int) -> SharedFD:
-        """A nameless entry that ends with its owner: ``with client.share(file) as ref:``.
+        """Put a nameless entry that ends with its owner: ``with client.share(file) as ref:``.
 
         `ref` can be pickled into any number of processes; each borrows with ``ref.borrow()``.
         """
@@ -200,7 +200,7 @@ class Client:
         raise BrokerGone(self.address)
 
     def retire(self, name: str | bytes, wait: bool = False, timeout: float | None = None) -> None:
-        """The entry refuses new borrows from now on, its name is free, its last return closes it.
+        """Take an entry out: no new borrow, its name is free, and its last return closes it.
 
         wait: return when that close has happened, at most `timeout` seconds from now.  Raises
         `UnknownEntry`, `RetireTimeout`, `CloseFailed`, and `WouldDeadlock` (with nothing changed)
@@ -217,7 +217,7 @@ class Client:
             raise with_nearest(self, error) from None
 
     def entries(self) -> list[EntryInfo]:
-        """All entries that can be borrowed by name, or are retiring with loans still out."""
+        """Return the entries that can be borrowed by name, or are retiring with loans still out."""
         return list(self._entries())
 
     def _entries(self) -> Iterator[EntryInfo]:
@@ -235,7 +235,7 @@ class Client:
                 return
 
     def loans(self, name: str | None = None) -> list[LoanInfo]:
-        """All loans that are out, or those of the entry `name` (of retiring ones too)."""
+        """Return all loans that are out, or those of the entry `name` (of retiring ones too)."""
         if name is not None:
             check_name(name)
         found: list[LoanInfo] = []
@@ -249,14 +249,14 @@ class Client:
                 return found
 
     def stats(self) -> dict[str, int]:
-        """Counts of the broker: sessions, entries, loans, waiting, descriptors, and more."""
+        """Return counts of the broker: sessions, entries, loans, waiting, descriptors, and more."""
         (pairs,) = self._request(STATS)
         return dict(pairs)
 
     def usage(self) -> list[Usage]:
-        """What each uid uses of the broker, and what it may use at most, by uid.
+        """Return what each uid uses of the broker, and may use at most, by uid.
 
-        A user who uses nothing is not in it.  It takes the right to admin: `NotPermitted`.
+        A uid that uses nothing is not listed.  It takes the right to admin: `NotPermitted`.
         """
         found: list[Usage] = []
         cursor = 0
@@ -357,9 +357,9 @@ class SharedFD:
         )
 
     def close(self) -> None:
-        """The owner retires the entry: no new borrow, and its last return closes it.
+        """Retire the entry, if this is its owner: its last return closes it.
 
-        Elsewhere, in a forked child too, it does nothing; so it does the second time.
+        Elsewhere, in a forked child too, and the second time, this does nothing.
         """
         owner = self._owner
         if owner is not None and self._owner_pid == os.getpid():

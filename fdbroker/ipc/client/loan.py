@@ -77,7 +77,7 @@ class Loan:
         return session is None or session.left_to_parent
 
     def fileno(self, name: str | None = None) -> int:
-        """The descriptor's number; it stays the loan's.
+        """Return the descriptor's number, which stays the loan's to close.
 
         `ClosedLoanError` after the return; `ForkedLoanError` in a forked child that did not get
         this loan; LookupError for a `name` that is not among `entries`.
@@ -109,8 +109,9 @@ class Loan:
         return session.wrappers
 
     def as_socket(self, name: str | None = None) -> socket.socket:
-        """A socket object with a dup of its own, closed with the loan.  OSError if it is none.
+        """Return a socket object with a duplicate of its own, which is closed with the loan.
 
+        OSError if the descriptor is no socket.
         Its `settimeout` makes the *description* non-blocking, for the broker and all borrowers.
         """
         with deferred_cleanup, FORK_LOCK:
@@ -119,8 +120,9 @@ class Loan:
     def open(
         self, mode: str = "r", buffering: int = -1, *, name: str | None = None, **text: Any
     ) -> IO[Any]:
-        """A file object with a dup of its own, as from the builtin `open`; closed with the loan.
+        """Return a file object with a duplicate of its own, which is closed with the loan.
 
+        mode, buffering, text: as for the builtin `open`.
         ``"w"`` does not truncate, and every mode goes on at the offset that all borrowers share.
         """
         called = name or self.entry or "shared"
@@ -135,18 +137,21 @@ class Loan:
         offset: int = 0,
         name: str | None = None,
     ) -> mmap.mmap:
-        """Map the file (mmap(2), shared): `length` bytes from `offset`, 0 is to its end.
+        """Map the file (mmap(2), shared): `length` bytes from `offset`; 0 maps it to its end.
 
-        `access` is mmap.ACCESS_READ or ACCESS_WRITE, by default what the descriptor allows.  The
-        loan ends when it is closed *and* the last mapping is, or was garbage-collected.
+        access: mmap.ACCESS_READ or ACCESS_WRITE, by default what the descriptor allows.  The loan
+        ends when it is closed *and* the last mapping is closed or was garbage-collected.
         """
         with deferred_cleanup, FORK_LOCK:
             session, wrappers = self._open_session(), self._wrappers()
             return wrappers.add_mapping(session, self.fileno(name), length, access, offset)
 
     def detach(self) -> int:
-        """The number, which is the caller's from now on; the loan stays out until this process
-        ends, since nothing tells when the number is closed.  TypeError for a loan of several."""
+        """Return the number, which is the caller's to close from now on.
+
+        The loan stays out until this process ends, since nothing tells when the number is closed.
+        TypeError for a loan of several.
+        """
         with deferred_cleanup, FORK_LOCK:
             session = self._open_session()
             if len(session.fds) > 1:
@@ -161,7 +166,7 @@ class Loan:
             return session.fds[0]
 
     def pass_fds(self) -> tuple[int, ...]:
-        """The descriptors and, last, the session: for ``subprocess.Popen(pass_fds=...)``.
+        """Return the descriptors and, last, the session: for ``subprocess.Popen(pass_fds=...)``.
 
         The loan then lasts until this process has closed it and the child has ended.  Once this
         process has ended its private broker there is no session any more.
