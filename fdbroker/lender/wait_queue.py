@@ -42,9 +42,7 @@ def is_behind(entry: Entry, request: LoanRequest, arrival: int | None) -> bool:
     `arrival` is the number of the request if it waits already, else None.
     """
     waiters = entry.waiters if request.exclusive else entry.exclusive_waiters
-    if not waiters:
-        return False
-    return arrival is None or next(iter(waiters.values())).arrival < arrival
+    return bool(waiters) and (arrival is None or next(iter(waiters.values())).arrival < arrival)
 
 
 def enqueue(session: Session) -> None:
@@ -73,18 +71,12 @@ def grantable_waiters(entry: Entry, refused: set[int]) -> list[Session]:
     if entry.state != LIVE or entry.held_exclusively:
         return []
     ready: list[Session] = []
-    passed_over = False
     for session in entry.waiters.values():
-        if session.request.exclusive:
-            # Nothing behind an exclusive waiter can be granted before it, and it conflicts with
-            # every waiter that is before it.
-            if not ready and not passed_over and is_grantable(session, refused):
-                ready.append(session)
-            break
         if is_grantable(session, refused):
             ready.append(session)
-        else:
-            passed_over = True
+        if session.request.exclusive:
+            # All waiters behind an exclusive one conflict with it.
+            break
     return ready
 
 

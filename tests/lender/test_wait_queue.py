@@ -592,6 +592,17 @@ def crowd(looks: Looks):
     rig.descriptors.abandon(rig.lender)
 
 
+def test_waiters_behind_an_exclusive_one_are_not_looked_at(lot: Rig, looks: Looks):
+    holder, first, *others = lot.clients(6)
+    lot.borrow(holder, "a", exclusive=True)
+    for client in (first, *others):
+        assert not lot.borrow(client, "a", exclusive=True)
+    looks.all = 0
+    lot.return_loan(holder)
+    assert lot.granted() == [first]
+    assert looks.all == 1
+
+
 def test_one_wait_ends_at_a_time(crowd: Rig):
     crowd.now += 5 * SECOND
     crowd.lender.expire(crowd.now)
