@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,25 +15,45 @@ from fdbroker.ipc.server.event_loop import SPARE_TIMERS, EventLoop
 from fdbroker.ipc.transport.unix_port import Port, Watched, now_ns
 
 
-class Settled:
-    """Counts how often a loop has settled."""
+class Backlog(deque[Callable[[], object]]):
+    """Items that a loop runs, one in each turn."""
+
+    def run_next(self) -> None:
+        self.popleft()()
+
+
+class Work(deque[str]):
+    """What a handler leaves to be settled, and what was settled."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.settled: list[str] = []
 
-    def __call__(self) -> None:
-        self.times += 1
-
-
-@pytest.fixture
-def settled() -> Settled:
-    return Settled()
+    def settle(self) -> None:
+        while self:
+            self.settled.append(self.popleft())
 
 
 @pytest.fixture
-def loop(settled: Settled) -> Iterator[EventLoop]:
+def backlog() -> Backlog:
+    return Backlog()
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture
+def loop(backlog: Backlog, work: Work) -> Iterator[EventLoop]:
     port = Port()
-    yield EventLoop(port, now_ns, settled)
+    yield EventLoop(
+        port,
+        now_ns,
+        settle=work.settle,
+        work=(work, ()),
+        run_next=backlog.run_next,
+        backlog=backlog,
+    )
     port.close()
 
 
@@ -93,29 +115,42 @@ def test_source_that_an_event_drops_gets_no_event(loop: EventLoop, eventfds: Any
 
 
 def test_exception_of_a_handler_is_logged_and_ends_nothing(
-    loop: EventLoop, eventfds: Any, caplog: pytest.LogCaptureFixture, settled: Settled
+    loop: EventLoop, eventfds: Any, caplog: pytest.LogCaptureFixture, work: Work
 ) -> None:
     (number,) = eventfds(1)
     source = Watched(number)
 
     def fail(subject: None, events: int) -> None:
         loop.unwatch(source)
-        loop.call_soon(loop.stop)
+        loop.post(loop.stop)
+        work.append("left by the handler that failed")
         raise LookupError
 
     loop.watch(source, fail)
     loop.run()
+    assert work.settled == ["left by the handler that failed"]
     assert [record.getMessage() for record in caplog.records] == ["event=error"]
 
 
-def test_timers_are_called_in_order_and_each_is_settled(loop: EventLoop, settled: Settled) -> None:
-    called: list[int] = []
+def test_timers_are_called_in_order_and_each_is_settled(loop: EventLoop, work: Work) -> None:
+    order: list[object] = work.settled  # type: ignore[assignment]
+
+    def act(after: int) -> None:
+        order.append(after)
+        work.append(f"what {after} left")
+
     for after in (3, 1, 2):
-        loop.call_at(loop.now + after, lambda after=after: called.append(after))  # type: ignore
+        loop.call_at(loop.now + after, partial(act, after))
     loop.call_at(loop.now + 4, loop.stop)
     loop.run()
-    assert called == [1, 2, 3]
-    assert settled.times == 4
+    assert order == [1, "what 1 left", 2, "what 2 left", 3, "what 3 left"]
+
+
+def test_nothing_is_settled_where_nothing_was_left(loop: EventLoop, eventfds: Any) -> None:
+    (number,) = eventfds(1)
+    loop._settle = lambda: pytest.fail("there is nothing")
+    loop.watch(Watched(number), lambda *_: loop.stop())
+    loop.run()
 
 
 def test_cancelled_timer_is_never_called(loop: EventLoop) -> None:
@@ -135,12 +170,12 @@ def test_timer_that_a_timer_sets_for_now_is_called_in_the_next_turn(loop: EventL
 
     def set_another() -> None:
         loop.call_at(loop.now, lambda: called.append("another"))
-        loop.call_soon(lambda: called.append("soon"))
+        loop.post(lambda: called.append("posted"))
         loop.call_at(loop.now + 1, loop.stop)
 
     loop.call_at(loop.now, set_another)
     loop.run()
-    assert called == ["soon", "another"]
+    assert called == ["posted", "another"]
 
 
 def test_cancelled_timers_do_not_pile_up(loop: EventLoop) -> None:
@@ -149,13 +184,15 @@ def test_cancelled_timers_do_not_pile_up(loop: EventLoop) -> None:
     assert len(loop._timers) <= 2 * SPARE_TIMERS + 1
 
 
-def test_call_soon_that_calls_soon_lets_events_come_between(loop: EventLoop, eventfds: Any) -> None:
+def test_backlog_is_run_an_item_a_turn_with_the_events_between(
+    loop: EventLoop, backlog: Backlog, eventfds: Any
+) -> None:
     (number,) = eventfds(1)
     order: list[str] = []
 
     def again() -> None:
-        order.append("soon")
-        loop.call_soon(again)
+        order.append("item")
+        backlog.append(again)
 
     def handle(subject: None, events: int) -> None:
         order.append("event")
@@ -163,9 +200,19 @@ def test_call_soon_that_calls_soon_lets_events_come_between(loop: EventLoop, eve
             loop.stop()
 
     loop.watch(Watched(number), handle)
-    loop.call_soon(again)
+    backlog.append(again)
+    backlog.append(again)
     loop.run()
-    assert order[:4] == ["event", "soon", "event", "soon"]
+    assert order[:4] == ["event", "item", "event", "item"]
+
+
+def test_backlog_item_that_fails_is_logged_and_the_others_are_run(
+    loop: EventLoop, backlog: Backlog, caplog: pytest.LogCaptureFixture
+) -> None:
+    backlog.append(lambda: 1 / 0)
+    backlog.append(loop.stop)
+    loop.run()
+    assert [record.getMessage() for record in caplog.records] == ["event=error"]
 
 
 def test_post_from_another_thread_wakes_the_loop(loop: EventLoop) -> None:
