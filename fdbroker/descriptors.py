@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import stat
 import struct
@@ -258,3 +259,27 @@ def _file_system(fd: int) -> str:
     except (OSError, StopIteration):
         pass
     return ""
+
+
+def is_read_write(fd: int) -> bool:
+    """Whether `fd` is open for both reading and writing (F_GETFL, fcntl(2))."""
+    return fcntl(fd, F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+
+def wait_readable(fd: int, seconds: float | None = None) -> bool:
+    """Wait until `fd` can be read from, or has ended; None waits for ever.  Returns whether it can.
+
+    The descriptor stays the caller's, and its flags as they are (poll(2)).
+    """
+    return _wait(fd, select.POLLIN, seconds)
+
+
+def wait_writable(fd: int, seconds: float | None = None) -> bool:
+    """Wait until `fd` can be written to, or nobody reads it, as `wait_readable` does."""
+    return _wait(fd, select.POLLOUT, seconds)
+
+
+def _wait(fd: int, events: int, seconds: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import tempfile
 import warnings
 from typing import NoReturn
 
+from fdbroker.descriptors import wait_readable
 from fdbroker.errors import BrokerStartError
 from fdbroker.ipc.client.client import Client, forget_client_at
 from fdbroker.ipc.client.pool import disconnect_all
@@ -103,9 +103,7 @@ class Broker(Client):
 
     def _wait_until_ready(self, ready: int) -> None:
         """Wait for the newline in the pipe `ready`; `BrokerStartError` if none comes in time."""
-        poll = select.poll()
-        poll.register(ready, select.POLLIN)
-        if poll.poll(START_SECONDS * 1000):
+        if wait_readable(ready, START_SECONDS):
             if os.read(ready, 1):
                 return
             # The pipe has ended.  Wait for the status of the process, which a kill might replace.

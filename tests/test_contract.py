@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fdbroker import errors
 PACKAGE = Path(fdbroker.__file__).parent
 ROOT = Path(__file__).parents[1]
 LINES = 480  # "under about 400"
+METHODS = 27  # "no more than about 25"
 
 
 # --- layers and sizes ---
@@ -33,13 +35,82 @@ def test_imports_point_down_only() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_module_is_in_a_layer() -> None:
+def contracts() -> dict[str, Any]:
+    """The import contracts of pyproject.toml, by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    contract, *_ = project["tool"]["importlinter"]["contracts"]
+    return {contract["name"]: contract for contract in project["tool"]["importlinter"]["contracts"]}
+
+
+def test_every_module_is_in_a_layer() -> None:
+    contract = contracts()["imports point down only"]
     layers = {name for layer in contract["layers"] for name in re.findall(r"[\w.]+", layer)}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert {f"fdbroker.{name}" for name in modules | folders} == layers
+
+
+def platform_modules() -> list[str]:
+    """The modules that may know the platform, as patterns."""
+    ignored = contracts()["few modules know the platform"]["ignore_imports"]
+    return [line.split(" -> ")[0] for line in ignored]
+
+
+def names_the_platform(path: Path) -> list[str]:
+    """Where a module asks which platform it is on, or opens something in /proc."""
+    found, tree = [], ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            asked = f"{node.value.id}.{node.attr}"
+            if asked in ("sys.platform", "os.name", "os.uname", "os.register_at_fork"):
+                found.append(f"{node.lineno}: {asked}")
+        elif (
+            isinstance(node, ast.Constant)
+            and id(node) not in docstrings
+            and str(node.value).startswith("/proc")
+        ):
+            found.append(f"{node.lineno}: {node.value}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_module_outside_the_list_does_not_ask_for_the_platform(path: Path) -> None:
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    module = module.removesuffix(".__init__")
+    patterns = [pattern.replace(".**", "*") for pattern in platform_modules()]
+    if not any(fnmatch(module, pattern) for pattern in patterns):
+        assert names_the_platform(path) == []
+
+
+def test_documented_platform_modules_are_those_of_the_contract() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.partition("## Modules that know the platform")[2].partition("\n## ")[0]
+    documented = {f"fdbroker.{name}" for name in re.findall(r"^\| `([\w.*]+)` \|", section, re.M)}
+    assert documented == set(platform_modules())
+
+
+def classes() -> Iterator[tuple[str, ast.ClassDef]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                yield f"{path.relative_to(PACKAGE)}:{node.name}", node
+
+
+def test_no_class_of_the_server_or_the_lender_is_wide_or_deep() -> None:
+    """A class has a job and owns its parts, so it has few methods and inherits from none of ours
+    but the abstract `Job`, which has no method that calls a subclass."""
+    for name, node in classes():
+        if name.startswith(("ipc/server", "lender")):
+            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+            assert len(methods) <= METHODS, f"{name} has {len(methods)} methods"
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            assert bases <= {"ABC", "Job", "NamedTuple", "Protocol", "Exception"}, name
 
 
 @pytest.mark.parametrize(

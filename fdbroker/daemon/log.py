@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import sys
 from collections.abc import Iterator
 from queue import SimpleQueue
 
+from fdbroker.descriptors import wait_writable
 from fdbroker.ipc.server.worker_pool import start_thread
 
 QUEUE_BYTES = 64 * 1024  # as much again as a pipe takes (pipe(7))
@@ -77,9 +77,7 @@ class Writer(logging.Handler):
             try:
                 line = line[os.write(self._fd, line) :]
             except BlockingIOError:  # whoever shares it has made it so
-                poll = select.poll()
-                poll.register(self._fd, select.POLLOUT)
-                poll.poll()
+                wait_writable(self._fd)
             except OSError:  # nobody reads it any more (EPIPE), and nobody can be told
                 return
 

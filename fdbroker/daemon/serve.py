@@ -17,8 +17,6 @@ import errno
 import logging
 import mmap
 import os
-import resource
-import select
 import signal
 import sys
 from itertools import chain, repeat
@@ -36,11 +34,13 @@ from fdbroker.daemon.resources import (
     open_all,
 )
 from fdbroker.daemon.systemd import Manager, take_handed_over, take_own
+from fdbroker.descriptors import wait_writable
 from fdbroker.errors import BadResource
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.server.tuning import TUNING, Tuning
 from fdbroker.ipc.transport import Listener
 from fdbroker.ipc.transport.address import default_address
+from fdbroker.ipc.transport.rlimit import raise_limit
 from fdbroker.ipc.transport.unix_listener import PRIVATE
 from fdbroker.ipc.transport.unix_port import Watched
 from fdbroker.lender import Ledger, Lender
@@ -58,7 +58,6 @@ SESSIONS = 1_048_576  # room in the ledger; pages that are never written take no
 ENTRIES = 131_072
 CELLS = 262_144
 SWITCH_SECONDS = 0.0001  # that the loop waits for a worker to let it go on, at most
-NR_OPEN = 1_048_576  # fs.nr_open as it is if nobody has set it (proc_sys_fs(5))
 DRAIN_SECONDS = 10.0
 GROUP_TOO = 0o660  # the socket's mode where only its group was said
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -106,7 +105,7 @@ def serve(
         bound = take_own(handed, address)
         check_names([one.name for group in (handed, resources, read.entries) for one in group])
         entries = stack.enter_context(_inherited(handed, resources, {ready_fd, owner_fd}))
-        sessions = min(_raise_file_limit(), SESSIONS)
+        sessions = min(raise_limit(), SESSIONS)
         sys.setswitchinterval(SWITCH_SECONDS)
         listener = _listener(address, settings, bound)
         server = _server(listener, sessions, tuning)
@@ -141,10 +140,8 @@ def _check_open(option: str, number: int | None) -> None:
 
 def _tell_ready(number: int) -> None:
     """A newline for whoever waits for it, who is not waited for; the descriptor is let go."""
-    poll = select.poll()
-    poll.register(number, select.POLLOUT)
     try:
-        if not poll.poll(0):
+        if not wait_writable(number, 0):
             raise BlockingIOError(errno.EAGAIN, "nobody reads it")
         os.write(number, b"\n")
     except OSError as error:
@@ -194,35 +191,6 @@ def _server(listener: Listener, sessions: int, tuning: Tuning) -> Server:
     except BaseException:
         listener.close()
         raise
-
-
-def _raise_file_limit() -> int:
-    """Raise the soft limit of open files as far as it goes: the result."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = file_limit(hard, _nr_open())
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    except ValueError as error:  # EPERM: there is no /proc, and fs.nr_open is less
-        log.warning('event=file-limit-not-raised limit=%d reason="%s"', soft, error)
-        return soft
-    return limit
-
-
-def file_limit(hard: int, nr_open: int) -> int:
-    """The most that can be had.
-
-    The hard limit may be none at all, or be left from a time when fs.nr_open was higher, which is
-    above it everywhere: in open(2), and in setrlimit(2), where to ask for more is EPERM.
-    """
-    return nr_open if hard == resource.RLIM_INFINITY else min(hard, nr_open)
-
-
-def _nr_open() -> int:
-    try:
-        with open("/proc/sys/fs/nr_open") as file:
-            return int(file.read())
-    except OSError:  # no /proc
-        return NR_OPEN
 
 
 def _watch_owner(server: Server, owner_fd: int) -> None:

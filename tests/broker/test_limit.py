@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fdbroker.daemon.serve import file_limit
+from fdbroker.ipc.transport.rlimit import most_files
 
 from .puppet import Puppet
 
@@ -32,4 +32,4 @@ def test_it_raises_its_limit_to_the_hard_one():
 )
 def test_a_limit_that_is_none(hard, nr_open, limit):
     """That no limit is the number -1 must not make it the least of all."""
-    assert file_limit(hard, nr_open) == limit
+    assert most_files(hard, nr_open) == limit

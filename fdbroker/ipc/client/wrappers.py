@@ -17,7 +17,6 @@ another thread could close the loan meanwhile, and its number could lead to anot
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from socket import SocketType, socket
 from typing import IO, Any, Protocol
 from weakref import WeakValueDictionary
 
+from fdbroker.descriptors import is_read_write
 from fdbroker.ipc.client.fork import FORK_LOCK, deferred_cleanup, run_or_defer
 from fdbroker.rc import identity
 
@@ -149,8 +149,7 @@ class LoanWrappers:
         access: mmap.ACCESS_READ or ACCESS_WRITE; None for what the descriptor allows.
         """
         if access is None:
-            writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            access = mmap.ACCESS_WRITE if is_read_write(fd) else mmap.ACCESS_READ
         mapping = Mapping(fd, length, access=access, offset=offset)
         if self.mapping_ref is None:
             self.mapping_ref = MappingRef(session)
