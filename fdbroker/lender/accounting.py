@@ -45,9 +45,6 @@ NO_LIMIT = 2**53
 # Closes that a uid may have beyond its half of all descriptors.
 GRACE = 16
 
-# Descriptors that the broker's threads may need for themselves at any moment.
-# Only the server's `has_room` check uses this; it goes when a worker receives every put.
-
 # Bytes of unread replies to all uids together.
 BYTES = 64 * 1024 * 1024
 
@@ -248,7 +245,7 @@ class Accounting:
         """
         if account.limited and account.closes - account.closing >= GRACE:
             self.check(account, "closes")
-        return Charge(self, account, "closes", int(self.free_descriptors > 0))
+        return self.charge(account, "closes", int(self.free_descriptors > 0))
 
     def charge(self, account: Account | None, resource: str, count: int = 1) -> Charge:
         """Count `count` more of `resource`, and return the charge, which the caller releases.

@@ -190,10 +190,14 @@ class Ledger:
 
     # --- entries ---
 
-    def write_entry(self, slot: int, generation: int, state: int, record: EntryRecord) -> None:
-        """Write an entry: its fields, which have no meaning until the commit word, then that."""
-        ENTRY.pack_into(self.buffer, (self._entries_at + slot * ENTRY_WORDS + 1) * 8, *record)
+    def add_entry(self, slot: int, generation: int, state: int, record: EntryRecord) -> None:
+        """Write an entry: its fields, then the commit word that makes them true."""
+        self.write_entry(slot, record)
         self.commit_entry(slot, generation, state)
+
+    def write_entry(self, slot: int, record: EntryRecord) -> None:
+        """Write an entry's fields; they have no meaning until `commit_entry`."""
+        ENTRY.pack_into(self.buffer, (self._entries_at + slot * ENTRY_WORDS + 1) * 8, *record)
 
     def commit_entry(self, slot: int, generation: int, state: int) -> None:
         """Put the entry's record into a state; its fields are true from now on."""

@@ -258,7 +258,7 @@ class LenderState:
             len(key),
             key,
         )
-        self.ledger.write_entry(entry.slot, entry.generation, LIVE, record)
+        self.ledger.add_entry(entry.slot, entry.generation, LIVE, record)
         self.add_entry(entry)
 
     def add_entry(self, entry: Entry) -> None:

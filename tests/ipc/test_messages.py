@@ -26,12 +26,13 @@ from fdbroker.ipc.protocol.messages import (
     NAME_BYTES,
     REPLY_BYTES,
     RETURN,
+    decode_request,
     encode,
     encode_error,
     encode_grant,
     template,
 )
-from fdbroker.ipc.server.request_cache import REQUEST_BYTES, REQUESTS, RequestCache
+from fdbroker.ipc.server.request_cache import CONVERSIONS, REQUEST_BYTES, REQUESTS, RequestCache
 from fdbroker.lender import LoanRequest
 from fdbroker.lender.lender import REASON_CHARS
 from fdbroker.lender.wait_queue import HOLDERS_NAMED
@@ -61,7 +62,9 @@ def test_a_grant_is_a_plain_msgpack_array() -> None:
 
 def learn(cache: RequestCache, data: bytes) -> tuple[int, int, Any]:
     """Decode and remember a request, as a broker does with one that it does not know."""
-    verb, seq, fields = cache.decode(data)
+    verb, seq, fields = decode_request(data)
+    if verb in CONVERSIONS:
+        fields = CONVERSIONS[verb](*fields)
     cache.remember(data, verb, fields)
     return verb, seq, fields
 

@@ -14,7 +14,6 @@ from fdbroker.lender.accounting import (
     GRACE,
     NO_LIMIT,
     RESOURCES,
-    SPARE,
     Accounting,
     Charge,
     Quota,
@@ -107,38 +106,45 @@ def test_what_is_in_hand_is_of_the_share_but_for_a_few() -> None:
     assert take_all(made, alice, "closes") == 10  # half of what is free
 
 
-def test_a_message_is_received_at_once_where_all_of_it_fits() -> None:
-    made = quotas(descriptors=1000)
-    alice, root = limited(made, ALICE), made.account(0)
-    made.charge(alice, "sessions", 247)
-    assert made.has_room(alice, 253)
-    made.charge(alice, "sessions")
-    assert not made.has_room(alice, 253)
-    assert made.has_room(root, 253)
-    made.charge(root, "sessions", 1000 - 248 - 253 - SPARE)
-    assert made.has_room(root, 253)
-    made.charge(root, "sessions")
-    assert not made.has_room(root, 253)
-
-
-def test_a_message_is_not_received_at_once_if_it_may_be_more_than_a_rule_says() -> None:
-    made = quotas()
-    alice = limited(made, ALICE, PLENTY._replace(closes=252))
-    assert made.has_room(alice, 252)
-    assert not made.has_room(alice, 253)
-
-
-def test_one_more_may_come_until_too_much_is_in_hand() -> None:
+def test_receive_is_charged_until_too_much_is_in_hand() -> None:
     made = quotas(descriptors=100)
     alice = limited(made, ALICE)
     made.charge(alice, "entries", 60)
-    made.check_receive(alice)
+    made.charge_receive(alice).release()
     made.charge(alice, "closes", GRACE - 1)
-    made.check_receive(alice)
-    made.charge(alice, "closes")
+    assert made.charge_receive(alice).count == 1
     with pytest.raises(QuotaExceeded):
-        made.check_receive(alice)
-    made.check_receive(made.account(0))
+        made.charge_receive(alice)
+    assert alice.closes == GRACE
+    made.charge_receive(made.account(0))
+
+
+def test_receive_without_a_free_descriptor_is_charged_for_none() -> None:
+    made = quotas(descriptors=1)
+    made.charge(None, "sessions")
+    charge = made.charge_receive(made.account(0))
+    assert (charge.count, made.account(0).closes) == (0, 0)
+
+
+def test_charge_that_becomes_another_counts_there() -> None:
+    made = quotas()
+    alice = made.account(ALICE)
+    charge = made.charge(alice, "closes", 2)
+    charge.become("entries")
+    assert (alice.closes, alice.entries, made.total.closes, made.total.entries) == (0, 2, 0, 2)
+    charge.release()
+    assert alice.idle
+    assert made.accounts == {}
+
+
+def test_release_is_told_while_somebody_waits_for_it() -> None:
+    made = quotas()
+    told: list[int] = []
+    charge = made.charge(made.account(ALICE), "sessions")
+    made.on_release = lambda: told.append(made.total.sessions)
+    charge.release()
+    made.charge(made.account(ALICE), "sessions")
+    assert told == [0]
 
 
 def test_what_is_being_closed_of_its_entries_is_nothing_in_hand() -> None:
@@ -147,26 +153,26 @@ def test_what_is_being_closed_of_its_entries_is_nothing_in_hand() -> None:
     made.charge(alice, "entries", 90)
     made.charge(alice, "closes", GRACE + 5)
     closing = made.charge(alice, "closing", 6)
-    made.check_receive(alice)
+    made.charge_receive(alice).release()
     closing.set(5)
     with pytest.raises(QuotaExceeded):
-        made.check_receive(alice)
+        made.charge_receive(alice).release()
 
 
 def test_one_more_may_come_whatever_a_rule_says_of_it() -> None:
     made = quotas()
     alice = limited(made, ALICE, PLENTY._replace(closes=0))
-    made.check_receive(alice)
+    made.charge_receive(alice).release()
     made.charge(alice, "closes", GRACE)
     with pytest.raises(QuotaExceeded):
-        made.check_receive(alice)
+        made.charge_receive(alice).release()
 
 
 def test_one_more_may_come_to_who_may_do_all_also_if_it_gets_no_number() -> None:
     made = quotas(descriptors=GRACE)
     root = made.account(0)
     made.charge(root, "closes", GRACE)
-    made.check_receive(root)
+    assert made.charge_receive(root).count == 0
 
 
 def test_an_entry_that_is_being_closed_is_one_descriptor() -> None:
@@ -176,7 +182,7 @@ def test_an_entry_that_is_being_closed_is_one_descriptor() -> None:
     for what in ("closes", "closing"):
         made.charge(alice, what, 40)
     assert (alice.descriptors, made.free_descriptors) == (40, 60)
-    made.check_receive(alice)
+    made.charge_receive(alice).release()
 
 
 def test_a_descriptor_that_is_put_is_on_the_account_already() -> None:
