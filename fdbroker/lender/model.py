@@ -10,8 +10,8 @@ Plain records with the states they can be in; what moves them is in `lender.py`.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
-from fdbroker._lazy import NamedTuple
 from fdbroker.lender.ledger import shape
 
 TYPE_CHECKING = False

@@ -11,8 +11,8 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 
-from fdbroker._lazy import suppress
 from fdbroker.ipc.transport.unix_socket import ANCILLARY_BYTES as ANCILLARY_BYTES
 from fdbroker.ipc.transport.unix_socket import INT as INT
 from fdbroker.ipc.transport.unix_socket import LOST as LOST
