@@ -1,7 +1,7 @@
 """What the start of ``fdbroker exec`` saves: imports that wait, and small copies of the library.
 
-Whoever starts a server with ``fdbroker exec`` waits for it, and to import `typing` and
-`contextlib` takes as long as everything else that it does.  So the modules that exec needs take
+The start of a server waits for ``fdbroker exec``, and to import `typing` and `contextlib` takes
+as long as everything else that it does.  So the modules that exec needs take
 `suppress` and `NamedTuple` from here; all other modules take the original ones.  For a type checker
 they are the original ones everywhere.
 

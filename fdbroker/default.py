@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fdbroker.ipc.client.client import Client, client_at
 from fdbroker.ipc.transport.address import default_address
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fdbroker.ipc.client import Loan
     from fdbroker.ipc.client.client import HasFileno

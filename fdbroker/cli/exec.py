@@ -4,8 +4,8 @@ The session of the loan stays open in the program, at a high number that nothing
 the loan lasts as long as the program or a child that it forked has the session, and the kernel
 tells the broker of its end.
 
-Whoever starts a server waits for what this module imports, so it borrows with `Pool` and `borrow`,
-and has a `Client` only where one is needed: to make an entry, and to suggest a name.
+The start of a server waits for the imports of this module.  So it borrows with `Pool` and
+`borrow`, and has a `Client` only where one is needed: to make an entry, and to suggest a name.
 """
 
 from __future__ import annotations

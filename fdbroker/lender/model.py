@@ -13,8 +13,8 @@ All times are nanoseconds of CLOCK_BOOTTIME.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
-from fdbroker._lazy import NamedTuple
 from fdbroker.lender.ledger import shape
 
 TYPE_CHECKING = False

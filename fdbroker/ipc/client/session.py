@@ -17,9 +17,9 @@ neither does a loan that is dropped: its session goes with it.
 
 A **PutSession** owns the ephemeral entries that it put: they retire when it ends.  So as long as it
 owns any, an error in one more put does not end it.  Instead that put is undone, if it made a new
-entry that nobody knows yet: CANCEL, right after a PUT, retires what the PUT made.  The session
-itself is *broken*, since an answer is still to come on it: it lives on for the sake of its entries,
-and the next put takes another session.
+entry, which no other client knows yet: CANCEL, right after a PUT, retires what the PUT made.  The
+session itself is *broken*, since an answer is still to come on it: it lives on for the sake of its
+entries, and the next put takes another session.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ import _socket
 import struct
 from collections.abc import Sequence
 
+from fdbroker._lazy import suppress
+
 SCM_MAX_FD = 253  # descriptors that the kernel takes in one message (include/net/scm.h)
 INT = struct.Struct("i")
 ANCILLARY_BYTES = _socket.CMSG_SPACE(SCM_MAX_FD * INT.size)
@@ -43,7 +45,5 @@ def rights(fds: Sequence[int]) -> Ancillary:
 
 def shut_down(sock: _socket.socket) -> None:
     """End the session for good, even if another process holds a copy of the socket."""
-    try:  # noqa: SIM105 - contextlib would add to the start of `fdbroker exec`
+    with suppress(OSError):
         sock.shutdown(_socket.SHUT_RDWR)
-    except OSError:
-        pass
