@@ -50,6 +50,8 @@ from fdbroker.lender.accounting import DEFAULT, Quota
 from fdbroker.lender.model import LENT, Peer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdbroker.ipc.server.event_loop import Timer
     from fdbroker.ipc.transport import Channel, Listener
     from fdbroker.lender import Lender
@@ -66,7 +68,10 @@ log = logging.getLogger("fdbroker")
 
 
 class Server:
-    """Serves the entries of `lender` at `listener`, which this owns, until it has drained."""
+    """Serves the entries of `lender` at `listener`, which this owns, until it has drained.
+
+    `port` is owned, too; None: a new one.  `clock` returns nanoseconds of the ledger's clock.
+    """
 
     def __init__(
         self,
@@ -75,12 +80,14 @@ class Server:
         custody: Custody | None = None,
         *,
         tuning: Tuning = TUNING,
+        port: Port | None = None,
+        clock: Callable[[], int] = now_ns,
     ) -> None:
         accounting = lender.accounting
         self.lender = lender
         self.custody = custody or Custody()
         self.draining = False
-        self.loop = loop = EventLoop(Port(), now_ns, self.settle)
+        self.loop = loop = EventLoop(port or Port(), clock, self.settle)
         self.workers = WorkerPool(loop.post, tuning)
         self._tuning = tuning
         self._policy = AccessPolicy()
