@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fdbroker.ipc.server.jobs import Close
-from fdbroker.ipc.transport import unix
+from fdbroker.ipc.server.jobs import CloseEntry
+from fdbroker.ipc.transport import Channel
 from fdbroker.lender import lender, state, wait_queue
 from fdbroker.lender.lender import Lender
 from fdbroker.lender.model import Entry, LoanRequest, Session
@@ -56,12 +56,12 @@ def still_there() -> None:
 def never_closed() -> None:
     """Each tenth descriptor stays open."""
 
-    def run(self: Close) -> None:
-        if self.entry.generation % 10 == 0:
-            os.dup(self.entry.sysfd)
+    def run(self: CloseEntry) -> None:
+        if self._entry.generation % 10 == 0:
+            os.dup(self._entry.sysfd)
         correctly(self)
 
-    correctly, Close.run = Close.run, run  # type: ignore[method-assign]
+    correctly, CloseEntry.run = CloseEntry.run, run  # type: ignore[method-assign]
 
 
 def no_return_at_death() -> None:
@@ -77,10 +77,12 @@ def no_return_at_death() -> None:
 def cut_short() -> None:
     """Who borrows many gets the first descriptor of a message twice."""
 
-    def rights(fds: Any) -> unix.Ancillary:
-        return correctly([fds[0], fds[0], *fds[2:]] if len(fds) > 1 else fds)
+    def lend(self: Channel, data: bytes, parcels: Any) -> bool:
+        if len(parcels) > 1:
+            parcels = [parcels[0], parcels[0], *parcels[2:]]
+        return correctly(self, data, parcels)
 
-    correctly, unix.rights = unix.rights, rights
+    correctly, Channel.lend = Channel.lend, lend  # type: ignore[method-assign]
 
 
 PLANTED: dict[str, Callable[[], None]] = {
