@@ -315,11 +315,13 @@ class Server:
 
     def _close_entry(self, entry: Entry) -> None:
         """Have a worker give back the last reference of an entry: the final close."""
-        charge = self.lender.accounting.charge(entry.account, "closing")
-        job = CloseEntry(entry, entry.account)
-        self.workers.submit(job, partial(self._entry_closed, entry, job, charge))
+        accounting, account = self.lender.accounting, entry.account
+        # Released in this order, since an account is given up with the last of its closes.
+        charges = accounting.charge(account, "closing"), accounting.charge(account, "closes")
+        job = CloseEntry(entry, account)
+        self.workers.submit(job, partial(self._entry_closed, entry, job, charges))
 
-    def _entry_closed(self, entry: Entry, job: CloseEntry, charge: Charge) -> None:
+    def _entry_closed(self, entry: Entry, job: CloseEntry, charges: tuple[Charge, ...]) -> None:
         error = OSError(job.crash) if job.crash else job.error
         if error is not None:
             log.error("event=close-failed entry=%s error=%r", entry.name, str(error))
@@ -327,7 +329,8 @@ class Server:
             self._queue.charge(entry.account.uid, job.took)
         self.custody.drop_entry(entry.slot)
         self.lender.closed(entry, error)
-        charge.release()
+        for charge in charges:
+            charge.release()
 
     # --- time ---
 
