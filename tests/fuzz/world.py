@@ -241,9 +241,9 @@ class World:
         server.settle()
         self.serve()
         self.refill()
-        used = {uid: account for uid, account in lender.accounting.accounts.items()}
-        if any(account.sessions or account.closes or account.bytes for account in used.values()):
-            raise Found(f"the clients that are gone are charged: {used}")
+        accounts = list(lender.accounting.accounts.values())
+        if any(account.sessions or account.closes or account.bytes for account in accounts):
+            raise Found(f"clients that are gone are charged: {accounts}")
         if (now := self.now_open()) != self.targets:
             raise Found(f"descriptors: {now - self.targets} more, {self.targets - now} fewer")
 

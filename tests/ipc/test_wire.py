@@ -388,14 +388,27 @@ def test_junk_ends_the_session_with_a_refusal(
             other.is_refused(PROTOCOL_ERROR)
 
 
-def test_an_empty_packet_is_the_end(broker: fdbroker.Broker, raw: Raw) -> None:
-    os.close(raw.borrow(1, "data"))
-    reader, writer = os.pipe()
-    raw.send_bytes(b"", [writer])
-    os.close(writer)
-    assert raw.receive() == (None, [])
+def test_empty_packet_with_a_descriptor_is_the_end(
+    broker: fdbroker.Broker, data_file: IO[bytes]
+) -> None:
+    broker.put("data", data_file)
+    with Raw(broker.address, puts=True) as raw:
+        os.close(raw.borrow(1, "data"))
+        reader, writer = os.pipe()
+        raw.send_bytes(b"", [writer])
+        os.close(writer)
+        assert raw.receive() == (None, [])
     assert os.read(reader, 1) == b""
     os.close(reader)
+    assert loans(broker) == 0
+
+
+def test_empty_packet_of_a_session_that_does_not_put_is_the_end(
+    broker: fdbroker.Broker, raw: Raw
+) -> None:
+    os.close(raw.borrow(1, "data"))
+    raw.sock.send(b"")
+    assert raw.receive() == (None, [])
     assert loans(broker) == 0
 
 
