@@ -109,6 +109,20 @@ def test_while_looking_hangs_closing_goes_on(tmp_path, stuck, data_file):
             client.retire("data", wait=True, timeout=SOON)
 
 
+def test_close_that_hangs_is_charged_to_who_put_the_entry(tmp_path, stuck):
+    os.mkfifo(tmp_path / "go")
+    with broker_with(tmp_path, HANG.format("switch_linger_off")) as (client, _):
+        client.put("stuck", stuck)
+        client.retire("stuck")
+        wait_until(lambda: client.stats()["jobs"] == 1)
+        [usage] = client.usage()
+        assert (usage.used["entries"], usage.used["closes"]) == (1, 1)
+        with open(tmp_path / "go", "w"):
+            wait_until(lambda: client.stats()["jobs"] == 0)
+        [usage] = client.usage()
+        assert (usage.used["entries"], usage.used["closes"]) == (0, 0)
+
+
 def test_while_looking_hangs_messages_are_received(tmp_path, stuck, data_file):
     """Those of every session that does not put."""
     os.mkfifo(tmp_path / "go")
@@ -251,12 +265,12 @@ def test_a_close_that_fails_in_a_thread_is_the_end_of_its_entry(tmp_path, data_f
 
 def test_a_mistake_at_the_end_of_a_job_costs_no_other_job(tmp_path, data_file):
     plant = """
-        from fdbroker.ipc.server.jobs import Close
-        finish = Close.finish
-        def fail(self, server):
-            finish(self, server)
+        from fdbroker.lender import Lender
+        closed = Lender.closed
+        def fail(self, entry, error=None):
+            closed(self, entry, error)
             raise ValueError("planted")
-        Close.finish = fail
+        Lender.closed = fail
     """
     with broker_with(tmp_path, plant) as (client, _):
         for number in range(20):
@@ -264,6 +278,7 @@ def test_a_mistake_at_the_end_of_a_job_costs_no_other_job(tmp_path, data_file):
         for number in range(20):
             client.retire(f"data-{number}")
         wait_until(lambda: client.stats()["entries"] == client.stats()["jobs"] == 0)
+    assert complaints(tmp_path) == 20
 
 
 def test_what_is_discarded_is_closed_to_the_last():

@@ -86,6 +86,8 @@ TURN_FAULTS = (
     "a put brings one descriptor",
     "a nameless entry has no name",
 )
+# Of a message that would have been right in a session that puts; only before Linux 6.16.
+UNASKED_FAULT = "it sent descriptors that nobody asked for"
 
 
 class Request(NamedTuple):

@@ -52,8 +52,6 @@ CONSTANTS = {  # what each becomes: huge, but such that it still can be told to 
     "PAGE_ROWS": HUGE,
     "PAGE_LOOKS": HUGE,
     "WHERE_CHARS": 2**20,
-    "KNOWN_REQUESTS": HUGE,
-    "KNOWN_BYTES": HUGE,
 }
 NO_LIMITS = {"VERSION": "a version", "UINT64": "a mark of msgpack", "UINT16": "a mark of msgpack"}
 

@@ -46,6 +46,7 @@ class Client:
         self.sent: bytes = b""  # the last message
         self.over = False  # its end was read
         self.excused = False  # the broker may end it without a word
+        self.brought = False  # it has sent descriptors on a kernel that lets everybody do so
         self.greeted_by = 0.0  # put-forward seconds until it must have said hello
         self.read_by = 0.0  # and until it must have read, if it has sent something since it did
         self.fault = ""  # the reason of the last message, if that was a fault
@@ -197,7 +198,7 @@ class Target:
         for kind, count in groups:
             kind %= KINDS
             if kind == BROKERS_LISTENER:
-                number = self.world.server.listener.sock.fileno()
+                number = self.world.listener.sock.fileno()
             elif kind == OWN_CONNECTION:
                 number = client.sock.fileno()
             elif kind == OTHER_CONNECTION:
@@ -220,6 +221,7 @@ class Target:
         if not data:
             client.excused = True  # it looks like the end
         client.read_by = client.read_by or self.world.offset / 1e9 + READ_SECONDS
+        client.brought |= self.world.old_kernel and bool(numbers)
         request = contract.parse(data, len(numbers))
         client.batch.append(request is None)
         client.sent = data
@@ -356,7 +358,8 @@ class Target:
                 raise Found(
                     f"malformed, but refused for its turn: {client.fault}: {_brief(client)}"
                 )
-            if not of_the_turn and malformed is None:
+            unasked = client.brought and client.fault == contract.UNASKED_FAULT
+            if not of_the_turn and not unasked and malformed is None:
                 raise Found(f"not malformed, but refused: {said}")
             if not client.over:
                 raise Found(f"after a fault ({client.fault}) the session goes on")

@@ -133,31 +133,16 @@ def test_time_that_passes_in_an_input_is_past_for_the_next_one() -> None:
         target.close()
 
 
-def test_who_is_put_off_is_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it sends then is neither lost nor taken for good."""
-    from fdbroker.ipc.server import shares
-
-    monkeypatch.setattr(shares, "LONG", 0)  # whatever a stranger does is long, if others are there
-    monkeypatch.setattr(shares, "OTHERS", 300)
-    there = steps.Step(steps.CONNECT, 1, steps.ANSWERED, (steps.WITH_HELLO,))
-    target = Target()
-    try:
-        target.play(steps.Input(0, [there, *dict(seeds.seeds())["stranger"].steps]))
-    finally:
-        target.close()
-
-
 # --- that it can fail ------------------------------------------------------------------------
 
 
 def test_an_exception_in_the_broker_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdbroker.ipc.protocol import messages
-    from fdbroker.ipc.server import handlers
+    from fdbroker.ipc.server.handlers import Handlers
 
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(handlers.HANDLERS, messages.STATS, fail)
+    monkeypatch.setattr(Handlers, "_count", fail)
     found_by_seed("seqs", "planted")
 
 
@@ -165,7 +150,7 @@ def test_a_descriptor_that_is_not_closed_is_found(monkeypatch: pytest.MonkeyPatc
     from fdbroker.ipc.server.jobs import Discard
 
     kept: list[int] = []
-    monkeypatch.setattr(Discard, "run", lambda self: kept.extend(self.fds))
+    monkeypatch.setattr(Discard, "run", lambda self: kept.extend(self._fds))
     try:
         found_by_seed("stats-descriptors-1", "descriptors: ")
     finally:

@@ -1,31 +1,30 @@
 """The real broker in this process, served turn by turn, and what is around it.
 
-`Server.run` is what runs: its epoll is wrapped, so that it leaves the loop where the loop would
-sleep with nothing to do.  Sockets, descriptors, worker threads and the ledger are the real ones.
-Only the clock can be put forward, and the kernel can be told from one before 6.16, which has no
-SO_PASSRIGHTS: then the sockets are simply not told to refuse descriptors.
+`Server.run` is what runs, at a port that ends the run where the loop would sleep with nothing to
+do.  Sockets, descriptors, worker threads and the ledger are the real ones.  Only the clock can be
+put forward, and the kernel can be one before 6.16, which has no SO_PASSRIGHTS: then the sockets are
+not told to refuse descriptors.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import select
 import shutil
 import socket
 import tempfile
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
 
 import support
 from lender.kit import reload, view
 
 from fdbroker import descriptors
-from fdbroker.ipc.protocol import messages
-from fdbroker.ipc.server import acceptor, event_loop
 from fdbroker.ipc.server.server import Server
-from fdbroker.ipc.transport import parcel, unix_channel
+from fdbroker.ipc.server.tuning import TUNING
+from fdbroker.ipc.transport import Port, Source, now_ns, parcel, unix_channel
 from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.lender import Lender
 from fdbroker.lender.ledger import Ledger
@@ -56,33 +55,28 @@ class Quiet(BaseException):
     """The loop would sleep now, and nothing could wake it."""
 
 
-class Turns:
-    """The server's epoll, but that it never sleeps for want of clients."""
+class Impatient(Port):
+    """A port that never sleeps for want of clients."""
 
-    def __init__(self, server: Server) -> None:
-        self.real: select.epoll = server._epoll
-        self.register, self.unregister = self.real.register, self.real.unregister
-        self.modify, self.close = self.real.modify, self.real.close
-        self.server, self.workers = server, server.workers
+    def __init__(self) -> None:
+        super().__init__()
+        # How many more times the loop may wait.
         self.left = 0
+        self.server: Server
 
-    def poll(self, patience: float | None, events: int) -> list[tuple[int, int]]:
+    def wait(self, seconds: float | None) -> Sequence[tuple[Source, int]]:
         self.left -= 1
         if self.left < 0:
             raise Found("the loop spins")
-        happened = self.real.poll(0, events)
-        if happened or patience == 0:
+        happened = super().wait(0)
+        if happened or seconds == 0:
             return happened
-        if self.server._resume_at or self.server.shares.put_off:  # for some milliseconds
-            if patience is None or patience > support.PATIENCE:
-                raise Found(f"nobody is accepted or served for {patience} s")
-            return self.real.poll(patience, events)
-        if not self.workers.pending:
-            raise Quiet
-        happened = self.real.poll(support.PATIENCE, events)
-        if not happened:
-            raise Found("a worker is stuck")
-        return happened
+        if self.server.workers.pending:
+            happened = super().wait(support.PATIENCE)
+            if not happened:
+                raise Found("a worker is stuck")
+            return happened
+        raise Quiet
 
 
 class Complaints(logging.Handler):
@@ -116,16 +110,22 @@ class World:
         self.log.propagate = False
         self.log.setLevel(logging.WARNING)
         self.offset = 0  # nanoseconds that the clock is put forward, and never back
-        self.clock = event_loop.clock_gettime_ns
-        event_loop.clock_gettime_ns = lambda which: self.clock(which) + self.offset
         self.refuse = unix_channel.refuse_descriptors
         unix_channel.refuse_descriptors = self._refuse_descriptors
         self.old_kernel = False
         self.address = os.path.join(self.folder, "socket")
         self.ledger = Ledger(bytearray(Ledger.size(*ROOM)), *ROOM)
-        self.server = Server(Listener(self.address, mode=0o666), Lender(self.ledger))
+        self.listener = Listener(self.address, mode=0o666)
+        self.port = Impatient()
+        self.server = self.port.server = Server(
+            self.listener,
+            Lender(self.ledger),
+            port=self.port,
+            clock=lambda: now_ns() + self.offset,
+        )
+        # What it has decoded, which it may remember only so much of.
+        self.known = self.server._dispatcher._cache.known
         self.server.set_rules(RULES)
-        self.turns = self.server._epoll = Turns(self.server)  # type: ignore[assignment]
         self.standing: dict[str, int] = {}  # generations by name
         self.refill()
         self.serve()
@@ -144,7 +144,6 @@ class World:
         for entry in lender.entries.values():
             while not entry.fd.closed:
                 entry.fd.decref()
-        event_loop.clock_gettime_ns = self.clock
         unix_channel.refuse_descriptors = self.refuse
         self.log.removeHandler(self.complaints)
         self.log.propagate = self.log_before[0]
@@ -155,9 +154,9 @@ class World:
         """As it was made; an input comes."""
         self.old_kernel = old_kernel
         # connections inherit it from the listener
-        (unix_channel.accept_descriptors if old_kernel else self.refuse)(self.server.listener.sock)
-        messages.KNOWN.clear()
-        self.server.set_rules(RULES)  # forgets what the others said
+        (unix_channel.accept_descriptors if old_kernel else self.refuse)(self.listener.sock)
+        self.known.clear()
+        self.server.set_rules(RULES)
 
     def connect(self, *, stranger: bool) -> socket.socket | None:
         """A client's socket; None: the broker's queue is full."""
@@ -179,7 +178,7 @@ class World:
 
     def serve(self) -> None:
         """Let the broker do all that there is to do, within bounds."""
-        self.turns.left = TURNS
+        self.port.left = TURNS
         measured = tracemalloc.is_tracing()
         if measured:
             tracemalloc.reset_peak()
@@ -218,22 +217,21 @@ class World:
         del told["accounts"]
         if loaded.notifications or told != seen:
             raise Found("ledger and memory tell different things")
-        for known in (messages.KNOWN, *self.server._admission._known.values()):
-            if len(known) > contract.KNOWN_REQUESTS:
-                raise Found(f"the broker remembers {len(known)} requests")
-            if any(len(key) + 8 > contract.KNOWN_BYTES for key in known):
-                raise Found("the broker remembers a long request")
+        if len(self.known) > contract.KNOWN_REQUESTS:
+            raise Found(f"the broker remembers {len(self.known)} requests")
+        if any(len(key) + 8 > contract.KNOWN_BYTES for key in self.known):
+            raise Found("the broker remembers a long request")
 
     def check_empty(self) -> None:
         """All clients are gone: nothing of them is left, but entries, which we retire."""
         server, lender = self.server, self.server.lender
-        if server._hung_up:  # with something in flight: they are asked again later
-            self.offset += 2 * acceptor.ASK
-            self.serve()
+        # Those with something in flight are asked again later whether it was received.
+        self.offset += 2 * TUNING.recheck_read
+        self.serve()
         left = {name: count for name, count in server.stats().items() if count}
         for name in ("entries", "descriptors"):
             left.pop(name, None)
-        if left or server._by_slot or server._awaited or server._hung_up:
+        if left:
             raise Found(f"of the clients that are gone there is left: {left}")
         for entry in list(lender.entries.values()):
             if entry.state != LIVE:
@@ -243,6 +241,9 @@ class World:
         server.settle()
         self.serve()
         self.refill()
+        accounts = list(lender.accounting.accounts.values())
+        if any(account.sessions or account.closes or account.bytes for account in accounts):
+            raise Found(f"clients that are gone are charged: {accounts}")
         if (now := self.now_open()) != self.targets:
             raise Found(f"descriptors: {now - self.targets} more, {self.targets - now} fewer")
 

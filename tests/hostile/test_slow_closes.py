@@ -148,8 +148,9 @@ def test_a_file_system_that_hangs_in_flush(target: Target, hanging: Hanging) -> 
     with meanwhile(put) as attacker:
         assert attacker.recv(100) == b"put"
         with hangs(target, hanging, FLUSH, attacker, b"gone"):
+            # What its session may have left unreceived waits behind these for a thread.
             (usage,) = (one for one in target.client.usage() if one.uid == ALICE)
-            assert usage.used["closes"] == MANY
+            assert MANY <= usage.used["closes"] <= MANY + GRACE
     wait_until(lambda: not uses(target, ALICE))
 
 

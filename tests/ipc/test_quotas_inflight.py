@@ -7,13 +7,19 @@ import os
 import resource
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ruled import ALICE, BOB, Ruled, rule, session_as
 from support import BORROW, PUT, RETURN, SHARED, Raw, stopped, wait_until
 
-from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.server.connection import ServerConnection
+from fdbroker.ipc.server.event_loop import SECOND
+from fdbroker.ipc.server.sender import Sender
+from fdbroker.ipc.server.tuning import TUNING
+from fdbroker.lender.accounting import Accounting
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")
 
@@ -29,14 +35,9 @@ def limited() -> None:
 
 
 @contextlib.contextmanager
-def keeper(plant: Callable[[], object] = lambda: None) -> Iterator[Ruled]:
+def keeper() -> Iterator[Ruled]:
     """A broker that is not root: the kernel has it send no more than its limit."""
-
-    def planted() -> None:
-        limited()
-        plant()
-
-    with Ruled(own_uid=BOB, plant=planted) as broker:
+    with Ruled(own_uid=BOB, plant=limited) as broker:
         broker.put("a")
         broker.set_rules(rule("borrow", uid=ALICE), rule("borrow", uid=CAROL))
         yield broker
@@ -102,33 +103,30 @@ def test_what_was_received_is_not_in_flight_though_more_is_unread(ruled: Ruled) 
         other.send(RETURN, 2)
 
 
+class Crowd:
+    """Connections, of which there are so many that to look at all of them takes time."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __iter__(self) -> Iterator[ServerConnection]:
+        self.looks += 1
+        end = time.monotonic() + LOOK
+        while time.monotonic() < end:
+            pass
+        return iter(())
+
+
 def test_looks_at_what_is_unread_take_a_small_part_of_the_time() -> None:
-    """Else who is refused again and again has the broker look at the sessions of all."""
-    reader, writer = os.pipe()
-    look = Server._look_at_unread
-
-    def slow(server: Server, *account: object) -> None:
-        os.write(writer, b"x")
-        begun = time.thread_time()
-        while time.thread_time() < begun + LOOK:  # as if it had thousands of them
-            look(server)
-
-    def plant() -> None:
-        Server._look_at_unread = slow  # type: ignore[method-assign]
-
-    with open(reader, "rb") as looks, keeper(plant) as ruled:
-        os.close(writer)
-        with session_as(ruled.address, ALICE) as first, session_as(ruled.address, ALICE) as other:
-            borrow(first, 1, 40)
-            begun = time.monotonic()
-            for seq in range(1, 301):
-                borrow(other, seq, 20)
-                assert receive(other, seq) == 0
-            took = time.monotonic() - begun
-            wait_until(lambda: in_flight(ruled) == 40)
-        wait_until(lambda: not ruled.client.loans())
-        count = len(os.read(looks.fileno(), 1000))
-        assert 1 <= count <= (took + 1.0) / (10 * LOOK)
+    """A client that is refused again and again has the broker look at the sessions of all."""
+    crowd, loop = Crowd(), SimpleNamespace(now=0)
+    sender = Sender(cast(Any, loop), Accounting(8, 8, 8), cast(Any, crowd), TUNING)
+    begun = time.monotonic_ns()
+    while (took := time.monotonic_ns() - begun) < 100 * LOOK * SECOND:
+        loop.now = begun + took
+        sender.refresh_unread()
+    burst = TUNING.refresh_burst / (TUNING.refresh_rest * LOOK * SECOND)
+    assert 1 <= crowd.looks <= 2 + burst + took / (TUNING.refresh_rest * LOOK * SECOND)
 
 
 def test_it_stays_on_the_account_of_who_was_hung_up_on(ruled: Ruled) -> None:

@@ -7,8 +7,8 @@
     any          -> ENDED            hung up, and its loan is back
 
 Only a READY connection may ask for something.  (Whether its session waits for a grant, or for a
-close, is the lender's to know.)  A connection whose state is ENDED while a worker has its request
-keeps its session's slot until the worker is done, so that no other session gets the answer.
+close, is the lender's to know.)  The slot of a session is free as soon as its connection has ENDED,
+also while a worker has its request.
 
 A connection that may put is received from by a worker, never by the loop: `receiving` is that job.
 """

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from time import thread_time_ns
 from typing import Any
 
 QUANTUM = 1_000_000
@@ -38,7 +39,7 @@ class FairScheduler:
 
     __slots__ = ("_balances", "_clock", "_served", "_turn", "queues")
 
-    def __init__(self, clock: Callable[[], int]) -> None:
+    def __init__(self, clock: Callable[[], int] = thread_time_ns) -> None:
         # The users who have an item ready, in the order of their turns, each with its items.
         self.queues: OrderedDict[Hashable, OrderedDict[Any, None]] = OrderedDict()
         self._clock = clock

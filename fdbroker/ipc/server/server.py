@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from functools import partial
-from time import thread_time_ns
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError
@@ -69,7 +68,10 @@ log = logging.getLogger("fdbroker")
 
 
 class Server:
-    """Serves the entries of `lender` at `listener`, which this owns, until it has drained."""
+    """Serves the entries of `lender` at `listener`, which this owns, until it has drained.
+
+    `port` is owned, too; None: a new one.  `clock` returns nanoseconds of the ledger's clock.
+    """
 
     def __init__(
         self,
@@ -78,15 +80,17 @@ class Server:
         custody: Custody | None = None,
         *,
         tuning: Tuning = TUNING,
+        port: Port | None = None,
+        clock: Callable[[], int] = now_ns,
     ) -> None:
         accounting = lender.accounting
         self.lender = lender
         self.custody = custody or Custody()
         self.draining = False
-        self._scheduler = scheduler = FairScheduler(thread_time_ns)
+        self._scheduler = scheduler = FairScheduler()
         self.loop = loop = EventLoop(
-            Port(),
-            now_ns,
+            port or Port(),
+            clock,
             settle=self.settle,
             work=(lender.notifications, lender.pending_closes),
             run_next=scheduler.run_next,
@@ -319,7 +323,8 @@ class Server:
     def _close_entry(self, entry: Entry) -> None:
         """Have a worker give back the last reference of an entry: the final close."""
         accounting, account = self.lender.accounting, entry.account
-        charges = accounting.charge(account, "closes"), accounting.charge(account, "closing")
+        # Released in this order, since an account is given up with the last of its closes.
+        charges = accounting.charge(account, "closing"), accounting.charge(account, "closes")
         job = CloseEntry(entry, account)
         self.workers.submit(job, partial(self._entry_closed, entry, job, charges))
 

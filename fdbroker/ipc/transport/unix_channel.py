@@ -99,8 +99,7 @@ class Channel:
 
     def accept_descriptors(self) -> None:
         """Let the client send descriptors from now on; a worker must receive them."""
-        with suppress(OSError):
-            self._sock.setsockopt(SOL_SOCKET, SO_PASSRIGHTS, 1)
+        accept_descriptors(self._sock)
         self.may_hold_descriptors = True
 
     def receive_with_descriptors(self, size: int, most: int) -> tuple[bytes, ReceivedFDs]:
@@ -186,6 +185,12 @@ class Channel:
         """Close the socket.  It may block while `may_hold_descriptors`."""
         with suppress(OSError):
             self._sock.close()
+
+
+def accept_descriptors(sock: socket.socket) -> None:
+    """Let the peer send descriptors, as every socket does before `refuse_descriptors`."""
+    with suppress(OSError):
+        sock.setsockopt(SOL_SOCKET, SO_PASSRIGHTS, 1)
 
 
 def refuse_descriptors(sock: socket.socket) -> bool:
