@@ -22,7 +22,7 @@ import msgpack
 
 from fdbroker.errors import FDBrokerError
 from fdbroker.lender import Entry, Ledger, Lender, LoanRequest, Peer, Session
-from fdbroker.lender.accounting import RESOURCES, Account, Accounting, Quota
+from fdbroker.lender.accounting import RESOURCES, Account, Accounting, Charge, Quota
 from fdbroker.rc import FD
 
 EVENTS = (
@@ -41,7 +41,7 @@ CHECKPOINT, END = "#", "."
 EVENTS_BETWEEN = 2000  # checkpoints
 SIZES = struct.Struct("=II")  # before each record: of what was asked, and of what came of it
 
-SESSION, ENTRY, WISH, DESCRIPTOR, PEER, TUPLE, ERROR, SYSTEM_ERROR, QUOTA = range(1, 10)
+SESSION, ENTRY, WISH, DESCRIPTOR, PEER, TUPLE, ERROR, SYSTEM_ERROR, QUOTA, CHARGE = range(1, 11)
 
 
 def extension(value: Any) -> Any:
@@ -64,6 +64,9 @@ def extension(value: Any) -> Any:
             kind, fields = PEER, list(value)
         case Quota():
             kind, fields = QUOTA, list(value)
+        case Charge():
+            uid = None if value.account is None else value.account.uid
+            kind, fields = CHARGE, [uid, value.resource, value.count]
         case FDBrokerError():
             kind, fields = ERROR, [value.code, list(value.data)]
         case OSError():

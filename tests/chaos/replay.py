@@ -15,11 +15,12 @@ import msgpack
 
 from fdbroker.errors import by_code
 from fdbroker.lender import Ledger, Lender, LoanRequest, Peer
-from fdbroker.lender.accounting import Quota
+from fdbroker.lender.accounting import Charge, Quota
 from fdbroker.lender.model import LIVE
 from fdbroker.rc import FD
 
 from .record import (
+    CHARGE,
     CHARGES,
     CHECKPOINT,
     DESCRIPTOR,
@@ -159,9 +160,19 @@ class Replay:
                 return Peer(*fields)
             case _ if kind == QUOTA:
                 return Quota(*fields)
+            case _ if kind == CHARGE:
+                return self._charge(*fields)
             case _ if kind == TUPLE:
                 return tuple(fields)
         raise Different(f"the recording has a value of unknown kind {kind}")
+
+    def _charge(self, uid: int | None, resource: str, count: int) -> Charge:
+        """A charge that was noted already, by an event of its own."""
+        accounting = self.lender.accounting
+        account = None if uid is None else accounting.account(uid)
+        charge = accounting.charge(account, resource, 0)
+        charge.count = count
+        return charge
 
     @staticmethod
     def _read(file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
