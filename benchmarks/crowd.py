@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.harness import child
-from fdbroker.ipc.protocol.messages import HELLO, VERSION, encode
+from fdbroker.ipc.protocol.codec import encode
+from fdbroker.ipc.protocol.messages import HELLO, VERSION
 
 SPARE = 50  # descriptors that a process has beside its sessions
 

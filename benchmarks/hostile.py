@@ -33,7 +33,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fdbroker.ipc.protocol.messages import BORROW, HEAD, RETURN, encode, template
+from fdbroker.ipc.protocol.codec import HEAD, encode, template
+from fdbroker.ipc.protocol.messages import BORROW, RETURN
 
 GOOD, HOSTILE, OWN = 60_001, 60_002, 0
 BROKER_CPU, HOSTILE_CPU = 0, 1

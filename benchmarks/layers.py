@@ -43,31 +43,6 @@ from select import EPOLLIN, epoll
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import BinaryIO
 
-from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
-from benchmarks.cycle import borrow, shared
-from benchmarks.harness import Run, Topic, Variant, child
-from fdbroker import Client
-from fdbroker.descriptors import Kind
-from fdbroker.ipc.protocol.messages import (
-    BORROW,
-    GRANTED,
-    HEAD,
-    HELLO,
-    KNOWN,
-    ONE_OF_ONE,
-    REPLY_BYTES,
-    RETURN,
-    SPLIT,
-    VERSION,
-    decode_request,
-    encode,
-    encode_grant,
-    pack_grant,
-    remember,
-    template,
-)
-from fdbroker.ipc.server.connection import MESSAGE
-from fdbroker.ipc.server.event_loop import EVENTS
 from fdbroker.ipc.transport.unix import (
     INT,
     LEAST_QUEUED,
@@ -77,6 +52,34 @@ from fdbroker.ipc.transport.unix import (
     queued,
     rights,
 )
+
+from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
+from benchmarks.cycle import borrow, shared
+from benchmarks.harness import Run, Topic, Variant, child
+from fdbroker import Client
+from fdbroker.descriptors import Kind
+from fdbroker.ipc.protocol.codec import (
+    GRANTED,
+    HEAD,
+    ONE_OF_ONE,
+    decode_request,
+    encode,
+    encode_grant,
+    pack_grant,
+    template,
+)
+from fdbroker.ipc.protocol.messages import (
+    BORROW,
+    HELLO,
+    KNOWN,
+    REPLY_BYTES,
+    RETURN,
+    SPLIT,
+    VERSION,
+    remember,
+)
+from fdbroker.ipc.server.connection import MESSAGE
+from fdbroker.ipc.server.event_loop import EVENTS
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SHAPE, SINCE, STATE_BITS
 from fdbroker.lender.model import IDLE, LENT, Peer

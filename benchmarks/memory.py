@@ -21,7 +21,8 @@ from benchmarks.cycle import shared
 from benchmarks.harness import Figure, Figures, child, field
 from benchmarks.stocked import stocked
 from fdbroker import Client
-from fdbroker.ipc.protocol.messages import BORROW, encode
+from fdbroker.ipc.protocol.codec import encode
+from fdbroker.ipc.protocol.messages import BORROW
 
 MANY = 4000
 CYCLES = 1_000_000

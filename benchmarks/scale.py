@@ -20,7 +20,8 @@ from benchmarks.memory import daemon
 from benchmarks.stocked import stocked
 from fdbroker import Client
 from fdbroker.descriptors import Kind
-from fdbroker.ipc.protocol.messages import BORROW, encode
+from fdbroker.ipc.protocol.codec import encode
+from fdbroker.ipc.protocol.messages import BORROW
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.model import LoanRequest, Peer
 from fdbroker.lender.recovery import recover

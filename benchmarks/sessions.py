@@ -19,7 +19,8 @@ from benchmarks.crowd import crowd, sessions
 from benchmarks.cycle import shared
 from benchmarks.harness import Run, Topic, Variant, needs
 from benchmarks.peers import s6_kept
-from fdbroker.ipc.protocol.messages import BORROW, HEAD, RETURN, template
+from fdbroker.ipc.protocol.codec import HEAD, template
+from fdbroker.ipc.protocol.messages import BORROW, RETURN
 
 IDLE = 1, 10, 100, 250, 1000, 4000
 FIRST = "beside 1 idle"

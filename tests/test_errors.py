@@ -27,7 +27,8 @@ from fdbroker.daemon.serve import serve
 from fdbroker.errors import FDBrokerError, NoBroker, by_code
 from fdbroker.ipc.client.pool import Pool
 from fdbroker.ipc.client.session import Session
-from fdbroker.ipc.protocol.messages import LOANS, STATS, check_reply, decode_reply, encode_error
+from fdbroker.ipc.protocol.codec import check_reply, decode_reply, encode_error
+from fdbroker.ipc.protocol.messages import LOANS, STATS
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.lender import Ledger, Lender

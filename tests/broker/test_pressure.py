@@ -16,7 +16,8 @@ from support import connect_to, open_files, wait_until
 
 import fdbroker
 from fdbroker.errors import TooManyFiles
-from fdbroker.ipc.protocol.messages import HELLO, VERSION, encode
+from fdbroker.ipc.protocol.codec import encode
+from fdbroker.ipc.protocol.messages import HELLO, VERSION
 
 from .puppet import Process, Puppet
 

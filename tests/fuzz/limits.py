@@ -1,9 +1,9 @@
-"""Take one limit after the other out of ``ipc/protocol/messages.py``, and see that it is found.
+"""Take one limit after the other out of ``ipc/protocol/``, and see that it is found.
 
 ``python -m fuzz.limits`` in ``tests/`` prints, for each, what found it.  Each is taken out in a
 process of its own, forked before anything of fdbroker was imported, and then comes the bounded run.
 
-What is taken out is found in the module itself, so a limit that is new there is among them:
+What is taken out is found in the table and the codec, so a limit that is new is among them:
 
     NAME                  a constant: its value becomes huge
     verb.field limit      the greatest value or length of a field of the table: any will do
@@ -33,8 +33,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
-MODULE = "fdbroker.ipc.protocol.messages"
-SOURCE = Path(__file__).parents[2] / "fdbroker" / "ipc" / "protocol" / "messages.py"
+PROTOCOL = Path(__file__).parents[2] / "fdbroker" / "ipc" / "protocol"
+TABLE, CODEC = "messages", "codec"
 EXAMPLES = 300
 HUGE = 2**70
 
@@ -53,7 +53,7 @@ CONSTANTS = {  # what each becomes: huge, but such that it still can be told to 
     "PAGE_LOOKS": HUGE,
     "WHERE_CHARS": 2**20,
 }
-NO_LIMITS = {"VERSION": "a version", "UINT64": "a mark of msgpack", "UINT16": "a mark of msgpack"}
+NO_LIMITS = {"VERSION": "a version"}
 
 CANNOT_MATTER = {
     "hello.puts limit": "a bool is 0 or 1",
@@ -69,14 +69,18 @@ class Limit(NamedTuple):
     name: str
     rewrite: Callable[[ast.Module], object] = lambda tree: None
     patch: Callable[[Any], object] = lambda module: None
+    module: str = TABLE
 
 
 def limits() -> Iterator[Limit]:
     """All that there are."""
-    tree = ast.parse(SOURCE.read_text())
-    yield from _constants(tree)
+    yield from _constants(parse(TABLE))
     yield from _fields()
-    yield from _checks(tree)
+    yield from _checks(parse(CODEC))
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse((PROTOCOL / f"{module}.py").read_text())
 
 
 def _constants(tree: ast.Module) -> Iterator[Limit]:
@@ -154,6 +158,7 @@ def _checks(tree: ast.Module) -> Iterator[Limit]:
                     yield Limit(
                         f"{function.name}: {said}",
                         lambda tree, at=(function.name, number, part): _weaken(tree, *at),
+                        module=CODEC,
                     )
 
 
@@ -214,16 +219,17 @@ class Without(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinder
     """Loads the module without one limit."""
 
     def __init__(self, limit: Limit) -> None:
-        super().__init__(MODULE, str(SOURCE))
+        self.source = str(PROTOCOL / f"{limit.module}.py")
+        super().__init__(f"fdbroker.ipc.protocol.{limit.module}", self.source)
         self.limit = limit
 
     def find_spec(self, name: str, path: object, target: object = None) -> Any:
-        return importlib.util.spec_from_loader(name, self) if name == MODULE else None
+        return importlib.util.spec_from_loader(name, self) if name == self.name else None
 
     def get_code(self, fullname: str) -> CodeType:
-        tree = ast.parse(SOURCE.read_text())
+        tree = parse(self.limit.module)
         self.limit.rewrite(tree)
-        return compile(ast.fix_missing_locations(tree), str(SOURCE), "exec")
+        return compile(ast.fix_missing_locations(tree), self.source, "exec")
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)

@@ -22,7 +22,7 @@ from support import BORROW, PATIENCE, RETURN, Raw, become, in_fork, start_fork
 import fdbroker
 from fdbroker.ipc.client.client import forget_client_at
 from fdbroker.ipc.client.pool import disconnect_all
-from fdbroker.ipc.protocol.messages import HEAD, template
+from fdbroker.ipc.protocol.codec import HEAD, template
 from fdbroker.ipc.server.server import Server
 from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.ipc.transport.unix_port import Watched

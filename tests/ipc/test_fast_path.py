@@ -26,7 +26,7 @@ from fdbroker.ipc.client import fork
 from fdbroker.ipc.client.borrow import PreparedBorrow, borrow
 from fdbroker.ipc.client.pool import Pool
 from fdbroker.ipc.client.session import Session
-from fdbroker.ipc.protocol.messages import encode_error, encode_grant
+from fdbroker.ipc.protocol.codec import encode_error, encode_grant
 from fdbroker.ipc.transport import SEND
 
 SEQ = 0  # of the borrow: the session has said no hello

@@ -18,20 +18,16 @@ from fdbroker.errors import (
     UnknownEntry,
     UnsupportedKind,
 )
-from fdbroker.ipc.protocol.messages import (
-    BORROW,
+from fdbroker.ipc.protocol.codec import (
     GRANT,
     HEAD,
-    LOANS,
-    NAME_BYTES,
-    REPLY_BYTES,
-    RETURN,
     decode_request,
     encode,
     encode_error,
     encode_grant,
     template,
 )
+from fdbroker.ipc.protocol.messages import BORROW, LOANS, NAME_BYTES, REPLY_BYTES, RETURN
 from fdbroker.ipc.server.request_cache import CONVERSIONS, REQUEST_BYTES, REQUESTS, RequestCache
 from fdbroker.lender import LoanRequest
 from fdbroker.lender.lender import REASON_CHARS

@@ -41,7 +41,7 @@ from support import (
 import fdbroker
 from fdbroker import descriptors
 from fdbroker.errors import NameTaken, NotPermitted, UnknownTicket
-from fdbroker.ipc.protocol.messages import HEAD
+from fdbroker.ipc.protocol.codec import HEAD
 from fdbroker.lender.rules import VERBS, Rule
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")

@@ -30,7 +30,8 @@ from support import (
 )
 
 from fdbroker.errors import NotPermitted, UnknownEntry
-from fdbroker.ipc.protocol.messages import HEAD, REPLACE, template
+from fdbroker.ipc.protocol.codec import HEAD, template
+from fdbroker.ipc.protocol.messages import REPLACE
 from fdbroker.lender.rules import VERBS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs other uids")

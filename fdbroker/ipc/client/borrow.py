@@ -25,11 +25,10 @@ from fdbroker.ipc.client.fork import deferred, run_deferred
 from fdbroker.ipc.client.loan import Loan
 from fdbroker.ipc.client.pool import TRIES
 from fdbroker.ipc.client.session import NO_THREAD
+from fdbroker.ipc.protocol.codec import GRANTED, HEAD, counts, template, unpack_grant
 from fdbroker.ipc.protocol.messages import (
     BORROW,
     EXCLUSIVE,
-    GRANTED,
-    HEAD,
     MESSAGE_BYTES,
     NAMES,
     PURPOSE_BYTES,
@@ -37,9 +36,6 @@ from fdbroker.ipc.protocol.messages import (
     REPLY_BYTES,
     TICKET_BYTES,
     TIMEOUT_SECONDS,
-    counts,
-    template,
-    unpack_grant,
 )
 from fdbroker.ipc.transport import RECEIVE, SCM_MAX_FD, SEND
 from fdbroker.ipc.transport.received import closer, recvmsg_arguments

@@ -18,17 +18,8 @@ from fdbroker._lazy import suppress
 from fdbroker.errors import BrokerGone, FDBrokerError, ProtocolError, VersionMismatch
 from fdbroker.ipc.client import fork
 from fdbroker.ipc.protocol import messages
-from fdbroker.ipc.protocol.messages import (
-    CANCEL,
-    HEAD,
-    HELLO,
-    MESSAGE_BYTES,
-    REPLY_BYTES,
-    Template,
-    check_reply,
-    decode_reply,
-    template,
-)
+from fdbroker.ipc.protocol.codec import HEAD, Template, check_reply, decode_reply, template
+from fdbroker.ipc.protocol.messages import CANCEL, HELLO, MESSAGE_BYTES, REPLY_BYTES
 from fdbroker.ipc.transport import SEND, SEND_NOW, Link
 
 TYPE_CHECKING = False  # importing `typing` would add to the start of `fdbroker exec`

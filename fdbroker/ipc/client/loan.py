@@ -23,7 +23,7 @@ from fdbroker.ipc.client import fork
 from fdbroker.ipc.client.connection import kept_until_exit
 from fdbroker.ipc.client.fork import FORK_LOCK, deferred_cleanup
 from fdbroker.ipc.client.session import RETURN_HEAD
-from fdbroker.ipc.protocol.messages import HEAD
+from fdbroker.ipc.protocol.codec import HEAD
 from fdbroker.ipc.transport import SEND_NOW
 
 TYPE_CHECKING = False  # importing `typing` would add to the start of `fdbroker exec`

@@ -30,17 +30,8 @@ from collections.abc import Callable
 from fdbroker.errors import ProtocolError
 from fdbroker.ipc.client import fork
 from fdbroker.ipc.client.connection import ClientConnection, kept_until_exit
-from fdbroker.ipc.protocol.messages import (
-    BORROW,
-    EPHEMERAL,
-    HEAD,
-    MORE,
-    PUT,
-    REPLACE,
-    RETURN,
-    check_reply,
-    template,
-)
+from fdbroker.ipc.protocol.codec import HEAD, check_reply, template
+from fdbroker.ipc.protocol.messages import BORROW, EPHEMERAL, MORE, PUT, REPLACE, RETURN
 from fdbroker.ipc.transport import SEND, SEND_NOW
 from fdbroker.ipc.transport.rlimit import too_many_files
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import FDBrokerError, QuotaExceeded
-from fdbroker.ipc.protocol.messages import encode_error
+from fdbroker.ipc.protocol.codec import encode_error
 from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, READY, WORKING, PendingGrant
 from fdbroker.ipc.server.jobs import Discard, Reopen
 from fdbroker.ipc.server.log import log_refusal

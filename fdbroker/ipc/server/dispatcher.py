@@ -24,6 +24,7 @@ from fdbroker.errors import (
     UnknownTicket,
     VersionMismatch,
 )
+from fdbroker.ipc.protocol.codec import decode_request, encode, encode_error
 from fdbroker.ipc.protocol.messages import (
     BORROW,
     CANCEL,
@@ -33,9 +34,6 @@ from fdbroker.ipc.protocol.messages import (
     RETURN,
     VERBS,
     VERSION,
-    decode_request,
-    encode,
-    encode_error,
 )
 from fdbroker.ipc.server.connection import HANDSHAKE, READY, WORKING
 from fdbroker.ipc.server.log import log_refusal

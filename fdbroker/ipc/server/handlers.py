@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import BrokerClosing, NotPermitted, ProtocolError
+from fdbroker.ipc.protocol.codec import encode
 from fdbroker.ipc.protocol.messages import (
     BORROW,
     CANCEL,
@@ -35,7 +36,6 @@ from fdbroker.ipc.protocol.messages import (
     EntryRow,
     LoanRow,
     UsageRow,
-    encode,
 )
 from fdbroker.ipc.server.policy import check, check_listener, check_somewhere
 from fdbroker.ipc.transport.rlimit import too_many_files

@@ -13,14 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from fdbroker.ipc.protocol.messages import (
-    BORROW,
-    EXCLUSIVE,
-    HEAD,
-    READONLY,
-    RETIRE,
-    UINT64,
-)
+from fdbroker.ipc.protocol.codec import HEAD, UINT64
+from fdbroker.ipc.protocol.messages import BORROW, EXCLUSIVE, READONLY, RETIRE
 from fdbroker.lender.model import LoanRequest
 
 # How many requests are remembered, and how long each may be.

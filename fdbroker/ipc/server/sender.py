@@ -18,7 +18,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.errors import FDBrokerError, QuotaExceeded, TooManyInFlight
-from fdbroker.ipc.protocol.messages import GRANTED, ONE_OF_ONE, encode_grant, pack_grant
+from fdbroker.ipc.protocol.codec import GRANTED, ONE_OF_ONE, encode_grant, pack_grant
 from fdbroker.ipc.transport import SCM_MAX_FD, parcel
 
 if TYPE_CHECKING:

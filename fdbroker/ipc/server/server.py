@@ -25,7 +25,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.errors import BrokerClosing, EntryRetired, FDBrokerError
-from fdbroker.ipc.protocol.messages import encode, encode_error
+from fdbroker.ipc.protocol.codec import encode, encode_error
 from fdbroker.ipc.server.acceptor import Acceptor
 from fdbroker.ipc.server.connection import ENDED, ServerConnection
 from fdbroker.ipc.server.custody import Custody
