@@ -65,20 +65,21 @@ verbs = ["borrow", "put", "list"]
 def broker(folder: str) -> None:
     """Serve, and note when each answer to the good client was sent."""
     from fdbroker.daemon.serve import serve
-    from fdbroker.ipc.server.server import Server
+    from fdbroker.ipc.server.sender import Sender
 
     os.sched_setaffinity(0, {BROKER_CPU})
     with open(f"{folder}/times", "r+b") as file:
         times = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
-    hand_over, now = Server.hand_over, time.monotonic_ns
+    send_grant, now = Sender.send_grant, time.monotonic_ns
 
-    def noted(self, connection, *rest) -> None:
-        hand_over(self, connection, *rest)
+    def noted(self, connection, *rest):
+        outcome = send_grant(self, connection, *rest)
         if connection.peer.uid == GOOD:
             times[0] += 1
             times[times[0]] = now()
+        return outcome
 
-    Server.hand_over = noted  # type: ignore[method-assign, assignment]
+    Sender.send_grant = noted  # type: ignore[method-assign]
     serve(f"{folder}/socket", config_path=f"{folder}/fdbroker.toml", ready_fd=1)
 
 

@@ -41,7 +41,6 @@ HUGE = 2**70
 CONSTANTS = {  # what each becomes: huge, but such that it still can be told to a system call
     "MESSAGE_BYTES": 2**20,
     "REPLY_BYTES": 2**62,
-    "DESCRIPTORS": 10_000,
     "NAME_BYTES": HUGE,
     "NAMES": HUGE,
     "TICKET_BYTES": 2**12,

@@ -19,7 +19,6 @@ VERSION = 1
 MESSAGE_BYTES = 64 * 1024  # longer lists come in pages
 REPLY_BYTES = 479  # of every reply that is not a page: with a bytes object's head 512, a small
 # allocation of Python's, which is cheap to cut to the size of what came
-DESCRIPTORS = 253  # SCM_MAX_FD of the kernel (include/net/scm.h)
 NAME_BYTES = 255  # as a file's name (NAME_MAX)
 NAMED = (str, bytes)  # by what an entry is asked for: a name, a ticket
 NAMES = 4096  # of one borrow_all
