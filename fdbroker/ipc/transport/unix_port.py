@@ -87,6 +87,9 @@ class Port:
     def wait(self, seconds: float | None) -> Sequence[tuple[Source, int]]:
         """Wait until something happens, at most that long: the sources, each with its events."""
         happened = self._epoll.poll(seconds, self._most)
+        if not happened and seconds:
+            # Python asks no more when the time was over while this process was stopped (EINTR).
+            happened = self._epoll.poll(0, self._most)
         count, sources = len(happened), self._sources
         if count == 1:
             number, events = happened[0]
