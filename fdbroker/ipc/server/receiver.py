@@ -125,12 +125,12 @@ class Receiver:
         """The client has read a message, or is gone; then what it sent before is received."""
         gone = bool(events & GONE)
         if gone or not connection.channel.unread():
+            self._sessions.note_progress(connection)
             self._in_turn(connection, partial(self._resume, connection, gone))
 
     def _resume(self, connection: ServerConnection, gone: bool) -> None:
         if connection.state != AWAITING_READ:
             return
-        self._sessions.note_progress(connection)
         if gone:
             self._end(connection)
         else:
