@@ -106,8 +106,8 @@ class Receiver:
             self._set_interest(connection, self._loop.port.mute, _wait_for_turn)
 
     def _take_turn(self, connection: ServerConnection) -> None:
-        """Serve one message of a connection."""
-        if connection.state == ENDED:
+        """Serve one message of a connection, unless the client has to read first."""
+        if connection.state in (ENDED, AWAITING_READ):
             return
         if connection.puts:
             self._receive_in_worker(connection)
