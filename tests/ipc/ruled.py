@@ -24,6 +24,7 @@ from fdbroker.ipc.client.client import forget_client_at
 from fdbroker.ipc.client.pool import disconnect_all
 from fdbroker.ipc.protocol.codec import HEAD, template
 from fdbroker.ipc.server.server import Server
+from fdbroker.ipc.server.tuning import TUNING, Tuning
 from fdbroker.ipc.transport.unix_listener import Listener
 from fdbroker.ipc.transport.unix_port import Watched
 from fdbroker.lender import Ledger, Lender
@@ -45,6 +46,7 @@ class Ruled:
         own_uid: int = 0,
         user_namespace: bool = False,
         plant: Callable[[], object] = lambda: None,  # is called in it, before it serves
+        tuning: Tuning = TUNING,
     ) -> None:
         self.folder = tempfile.mkdtemp(prefix="fdbroker-rules-")
         self.address = f"{self.folder}/socket"
@@ -62,7 +64,7 @@ class Ruled:
             os.setgroups([])
             os.setuid(own_uid)
             plant()
-            serve(self.address, theirs)
+            serve(self.address, theirs, tuning)
 
         self._wait = start_fork(run)
         theirs.close()
@@ -77,8 +79,15 @@ class Ruled:
 
     def set_rules(self, *rules: Rule) -> None:
         """They hold when this returns."""
-        self._control.send(pickle.dumps(rules))
-        assert self._hear() == len(rules)
+        with self.tell(rules):
+            pass
+
+    @contextlib.contextmanager
+    def tell(self, what: Any) -> Iterator[None]:
+        """Tell it rules, or None to drain; it has done so when the block has ended."""
+        self._control.send(pickle.dumps(what))
+        yield
+        assert self._hear() == (what if what is None else len(what))
 
     def limit_descriptors(self, number: int) -> None:
         """As if it had so many for its clients."""
@@ -98,8 +107,8 @@ class Ruled:
 
     def drain(self) -> None:
         """It lends nothing new from now on, and ends when all is back."""
-        self._control.send(pickle.dumps(None))
-        assert self._hear() is None
+        with self.tell(None):
+            pass
 
     def log(self) -> list[str]:
         """Its lines so far."""
@@ -140,7 +149,7 @@ def unshare(control: socket.socket) -> None:
     assert control.recv(100) == b"mapped"
 
 
-def serve(address: str, control: socket.socket) -> None:
+def serve(address: str, control: socket.socket, tuning: Tuning) -> None:
     """What `fdbroker serve` does, but for its signals and files."""
     stream = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - until it ends
     logging.basicConfig(format="%(message)s", stream=stream, force=True)
@@ -148,7 +157,7 @@ def serve(address: str, control: socket.socket) -> None:
     lender = Lender(Ledger(memoryview(buffer), *SIZES))
     listener = Listener(address)
     os.chmod(address, 0o777)
-    server = Server(listener, lender)
+    server = Server(listener, lender, tuning=tuning)
 
     def told(subject: None, events: int) -> None:
         data = control.recv(100_000)

@@ -120,8 +120,9 @@ class Receiver:
             self._in_turn(connection, partial(self._end, connection))
 
     def _take_turn(self, connection: ServerConnection) -> None:
-        """Serve one message of a connection that had to wait for its turn."""
-        if connection.state == ENDED or connection.receiving is not None:
+        """Serve one message of a connection that had to wait for its turn, unless it has ended or
+        has to read first."""
+        if connection.state in (ENDED, AWAITING_READ) or connection.receiving is not None:
             return
         if connection.puts:
             self._receive_in_worker(connection)
@@ -133,12 +134,12 @@ class Receiver:
         """The client has read a message, or is gone; then what it sent before is received."""
         gone = bool(events & GONE)
         if gone or not connection.channel.unread():
+            self._sessions.note_progress(connection)
             self._in_turn(connection, partial(self._resume, connection, gone))
 
     def _resume(self, connection: ServerConnection, gone: bool) -> None:
         if connection.state != AWAITING_READ:
             return
-        self._sessions.note_progress(connection)
         if gone:
             self._end(connection)
         else:

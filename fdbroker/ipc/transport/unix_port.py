@@ -91,6 +91,9 @@ class Port:
         if len(happened) == 1:
             number, events = happened[0]
             return ((sources[number], events),)
+        if not happened and seconds:
+            # Python asks no more when the time was over while this process was stopped (EINTR).
+            happened = self._epoll.poll(0, self._most)
         count = len(happened)
         if count == self._most:
             self._most = min(2 * count, MOST_EVENTS)
