@@ -163,7 +163,7 @@ def serve(address: str, control: socket.socket, tuning: Tuning) -> None:
         data = control.recv(100_000)
         if not data:
             server.loop.unwatch(watched)
-            server.drain(0)
+            server.drain(0.5)  # in which the sessions that have just ended are seen
             return
         rules = pickle.loads(data)
         if rules is None:

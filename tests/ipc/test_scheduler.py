@@ -59,9 +59,11 @@ def test_users_whose_items_cost_the_same_take_turns(cost: int) -> None:
 
 
 def test_user_in_deficit_is_skipped_while_another_is_ready() -> None:
-    scheduler = scheduler_with(alice="ab", bob="xyz")
+    scheduler = scheduler_with(alice="abc", bob="xyz")
+    assert scheduler.next() == ("alice", "a")
+    assert scheduler.next() == ("bob", "x")
     scheduler.charge("alice", 1)
-    assert served(scheduler) == "xyzab"
+    assert served(scheduler) == "yzbc"
 
 
 def test_user_in_deficit_is_served_if_nobody_else_is_ready() -> None:
@@ -71,10 +73,11 @@ def test_user_in_deficit_is_served_if_nobody_else_is_ready() -> None:
 
 
 def test_of_users_in_deficit_the_one_least_in_deficit_is_served_first() -> None:
-    scheduler = scheduler_with(alice="a", bob="b")
+    scheduler = scheduler_with(alice="ab", bob="xy")
+    assert [scheduler.next(), scheduler.next()] == [("alice", "a"), ("bob", "x")]
     scheduler.charge("alice", 3 * QUANTUM)
     scheduler.charge("bob", 2 * QUANTUM)
-    assert served(scheduler) == "ba"
+    assert served(scheduler) == "yb"
 
 
 def test_one_long_item_is_as_many_short_ones() -> None:
@@ -84,11 +87,17 @@ def test_one_long_item_is_as_many_short_ones() -> None:
     assert order == "AabcdefghZijklmnop"
 
 
-def test_newcomer_is_served_after_one_item_of_each_user_not_in_deficit() -> None:
+def test_newcomer_is_served_before_all_who_were_served_already() -> None:
     scheduler = scheduler_with(alice="aaaa", bob="bbbb", carol="cccc")
-    scheduler.charge("alice", 1)
+    for _ in range(3):
+        scheduler.next()
     scheduler.ready("newcomer", "!")
-    assert served(scheduler)[:3] == "bc!"
+    assert served(scheduler)[0] == "!"
+
+
+def test_newcomers_are_served_in_the_order_in_which_they_came() -> None:
+    scheduler = scheduler_with(alice="ab", bob="x", carol="y")
+    assert served(scheduler) == "axyb"
 
 
 def test_item_that_is_ready_again_while_queued_keeps_its_place_and_is_served_once() -> None:
@@ -123,16 +132,15 @@ def test_discard_of_what_is_not_queued_does_nothing() -> None:
     assert served(scheduler) == "a"
 
 
-def test_credit_is_lost_when_the_last_item_is_served() -> None:
+def test_balance_is_zero_when_the_last_item_is_served() -> None:
     """Alice has nearly a quantum left in the round in which she has no item any more."""
     scheduler = scheduler_with(alice="ab", bob="xyz")
+    assert [scheduler.next(), scheduler.next()] == [("alice", "a"), ("bob", "x")]
     for user in ("alice", "bob"):
         scheduler.charge(user, 1)
-    assert scheduler.next() == ("alice", "a")
-    scheduler.charge("alice", 1)
-    assert scheduler._balances["alice"] == QUANTUM - 2
-    assert scheduler.next() == ("bob", "x")
     assert scheduler.next() == ("alice", "b")
+    assert "alice" not in scheduler._balances
+    scheduler.charge("alice", MOST_DEFICIT)
     assert "alice" not in scheduler._balances
 
 
@@ -145,16 +153,22 @@ def test_credit_is_lost_when_the_last_item_is_discarded() -> None:
     assert "alice" not in scheduler._balances
 
 
-def test_deficit_stays_when_the_last_item_is_served() -> None:
-    scheduler = scheduler_with(alice="a", bob="xyz")
-    assert scheduler.next() == ("alice", "a")
-    scheduler.charge("alice", QUANTUM)
-    scheduler.ready("alice", "b")
-    assert served(scheduler) == "xyzb"
+def test_user_that_asks_now_and_then_is_never_behind_one_that_asks_always() -> None:
+    scheduler = scheduler_with(bob="uvwxyz")
+    order = ""
+    for letter in "abc":
+        scheduler.ready("alice", letter)
+        for _ in range(2):
+            user, item = scheduler.next() or ("", "")
+            scheduler.charge(user, 5 * QUANTUM)
+            order += item
+    # Bob was ready first, and had no item served yet.
+    assert order == "uabvcw"
 
 
 def test_deficit_is_ten_quanta_at_most() -> None:
-    scheduler = scheduler_with(alice="A", bob="abcdefghijklmnop")
+    scheduler = scheduler_with(alice="!A", bob="?abcdefghijklmnop")
+    assert [scheduler.next(), scheduler.next()] == [("alice", "!"), ("bob", "?")]
     scheduler.charge("alice", 10**15)
     assert served(scheduler, costs={"bob": QUANTUM}) == "abcdefghijAklmnop"
 
@@ -265,10 +279,12 @@ class Naive:
         self.turns: list[int] = []
         self.items: dict[int, list[int]] = {}
         self.balances: dict[int, int] = {}
+        self.new: list[int] = []
 
     def ready(self, user: int, item: int) -> None:
         if user not in self.turns:
             self.turns.append(user)
+            self.new.append(user)
             self.items[user] = []
         if item not in self.items[user]:
             self.items[user].append(item)
@@ -282,9 +298,11 @@ class Naive:
         if not self.turns:
             return None
         while True:
-            for user in self.turns:
-                if self.balances.get(user, 0) >= 0:
+            for user in self.new or self.turns:
+                if user in self.new or self.balances.get(user, 0) >= 0:
                     item = self.items[user].pop(0)
+                    if user in self.new:
+                        self.new.remove(user)
                     self.turns.remove(user)
                     self.turns.append(user)
                     self._end_if_empty(user)
@@ -293,16 +311,16 @@ class Naive:
                 self.balances[user] += QUANTUM
 
     def charge(self, user: int, nanoseconds: int) -> None:
-        self.balances[user] = max(self.balances.get(user, 0) - nanoseconds, -10 * QUANTUM)
-        if not self.turns:
-            self.balances.clear()
+        if user in self.turns:
+            self.balances[user] = max(self.balances.get(user, 0) - nanoseconds, -10 * QUANTUM)
 
     def _end_if_empty(self, user: int) -> None:
         if not self.items[user]:
             del self.items[user]
             self.turns.remove(user)
-            if self.balances.get(user, 0) > 0:
-                self.balances[user] = 0
+            self.balances.pop(user, None)
+            if user in self.new:
+                self.new.remove(user)
 
 
 USERS, ITEMS = st.integers(0, 3), st.integers(0, 5)
