@@ -15,8 +15,8 @@ looks at what may have gone wrong.
     descriptor install     the answer brings that: attached, sent, received and installed
     epoll, unread          the server waits for all it has, and asks whether the last answer was
                            read
-    decode                 what does this peer want; whether it may was found when it first said
-                           so, and is known with that, so the rules themselves take no time
+    decode                 what this peer wants, as it was decoded when it first said so; a peer
+                           that may do everything is not held to the rules
     ledger                 the words of the loan and of its end, written through
     rules, quota, count    what the lender does: the name, the turn, the quota, the count
     encode                 the answer, with the time
@@ -53,21 +53,17 @@ from fdbroker.ipc.protocol.messages import (
     GRANTED,
     HEAD,
     HELLO,
-    KNOWN,
     ONE_OF_ONE,
     REPLY_BYTES,
     RETURN,
-    SPLIT,
     VERSION,
-    decode_request,
     encode,
     encode_grant,
     pack_grant,
-    remember,
     template,
 )
-from fdbroker.ipc.server.connection import MESSAGE
-from fdbroker.ipc.server.event_loop import EVENTS
+from fdbroker.ipc.server.dispatcher import MESSAGE
+from fdbroker.ipc.server.request_cache import RequestCache
 from fdbroker.ipc.transport.unix import (
     INT,
     LEAST_QUEUED,
@@ -77,6 +73,7 @@ from fdbroker.ipc.transport.unix import (
     queued,
     rights,
 )
+from fdbroker.ipc.transport.unix_port import LEAST_EVENTS
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SHAPE, SINCE, STATE_BITS
 from fdbroker.lender.model import IDLE, LENT, Peer
@@ -262,6 +259,8 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
     slot = lender.put(None, 0, "x", b"", FD(fd), Kind.FILE, 0).slot
     session = lender.open(Peer(os.geteuid(), os.getegid(), os.getppid()))
     record = session.record
+    cache = RequestCache()
+    split, known = cache.split, cache.known
     number, receive, ancillary = sock.fileno(), sock.recv_into, rights((fd,))
     data, seq, verb, back, now = encode_grant(0, 1, 1, 0), 0, 0, HEAD.size, 0
     greet(sock)
@@ -271,7 +270,7 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
         poll = watched.poll
         while True:
             if watches:
-                poll(None, EVENTS)
+                poll(None, LEAST_EVENTS)
             while True:
                 try:
                     size = receive(MESSAGE)
@@ -279,14 +278,14 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
                     break
                 if decodes:
                     try:
-                        head, seq, tail = SPLIT[size](MESSAGE)
-                        verb, fields = KNOWN[head + tail]
+                        head, seq, tail = split[size](MESSAGE)
+                        verb, fields = known[head + tail]
                     except KeyError:
                         if not size:
                             return
                         request = bytes(MESSAGE[:size])
-                        verb, seq, fields = decode_request(request)
-                        remember(KNOWN, request, verb, fields)
+                        verb, seq, fields = cache.decode(request)
+                        cache.remember(request, verb, fields)
                 elif size:
                     verb = RETURN if size == back else BORROW
                 else:
