@@ -15,8 +15,8 @@ looks at what may have gone wrong.
     descriptor install     the answer brings that: attached, sent, received and installed
     epoll, unread          the server waits for all it has, and asks whether the last answer was
                            read
-    decode                 what does this peer want; whether it may was found when it first said
-                           so, and is known with that, so the rules themselves take no time
+    decode                 what this peer wants, as it was decoded when it first said so; a peer
+                           that may do everything is not held to the rules
     ledger                 the words of the loan and of its end, written through
     rules, quota, count    what the lender does: the name, the turn, the quota, the count
     encode                 the answer, with the time
@@ -43,16 +43,6 @@ from select import EPOLLIN, epoll
 from time import CLOCK_BOOTTIME, clock_gettime_ns
 from typing import BinaryIO
 
-from fdbroker.ipc.transport.unix import (
-    INT,
-    LEAST_QUEUED,
-    QUEUED,
-    SEND_NOW,
-    SIOCOUTQ,
-    queued,
-    rights,
-)
-
 from benchmarks.base import BASE, BASE_C, C_CHECK, lent_file
 from benchmarks.cycle import borrow, shared
 from benchmarks.harness import Run, Topic, Variant, child
@@ -62,24 +52,17 @@ from fdbroker.ipc.protocol.codec import (
     GRANTED,
     HEAD,
     ONE_OF_ONE,
-    decode_request,
     encode,
     encode_grant,
     pack_grant,
     template,
 )
-from fdbroker.ipc.protocol.messages import (
-    BORROW,
-    HELLO,
-    KNOWN,
-    REPLY_BYTES,
-    RETURN,
-    SPLIT,
-    VERSION,
-    remember,
-)
-from fdbroker.ipc.server.connection import MESSAGE
-from fdbroker.ipc.server.event_loop import EVENTS
+from fdbroker.ipc.protocol.messages import BORROW, HELLO, REPLY_BYTES, RETURN, VERSION
+from fdbroker.ipc.server.dispatcher import MESSAGE
+from fdbroker.ipc.server.request_cache import RequestCache
+from fdbroker.ipc.transport.unix_channel import LEAST_QUEUED, QUEUED, SIOCOUTQ, queued
+from fdbroker.ipc.transport.unix_port import LEAST_EVENTS
+from fdbroker.ipc.transport.unix_socket import INT, SEND_NOW, rights
 from fdbroker.lender import Ledger, Lender
 from fdbroker.lender.ledger import BORROW_SEQ, COMMIT, SHAPE, SINCE, STATE_BITS
 from fdbroker.lender.model import IDLE, LENT, Peer
@@ -265,6 +248,8 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
     slot = lender.put(None, 0, "x", b"", FD(fd), Kind.FILE, 0).slot
     session = lender.open(Peer(os.geteuid(), os.getegid(), os.getppid()))
     record = session.record
+    cache = RequestCache()
+    split, known = cache.split, cache.known
     number, receive, ancillary = sock.fileno(), sock.recv_into, rights((fd,))
     data, seq, verb, back, now = encode_grant(0, 1, 1, 0), 0, 0, HEAD.size, 0
     greet(sock)
@@ -274,7 +259,7 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
         poll = watched.poll
         while True:
             if watches:
-                poll(None, EVENTS)
+                poll(None, LEAST_EVENTS)
             while True:
                 try:
                     size = receive(MESSAGE)
@@ -282,14 +267,14 @@ def serve(name: str, sock: socket.socket, fd: int) -> None:
                     break
                 if decodes:
                     try:
-                        head, seq, tail = SPLIT[size](MESSAGE)
-                        verb, fields = KNOWN[head + tail]
+                        head, seq, tail = split[size](MESSAGE)
+                        verb, fields = known[head + tail]
                     except KeyError:
                         if not size:
                             return
                         request = bytes(MESSAGE[:size])
-                        verb, seq, fields = decode_request(request)
-                        remember(KNOWN, request, verb, fields)
+                        verb, seq, fields = cache.decode(request)
+                        cache.remember(request, verb, fields)
                 elif size:
                     verb = RETURN if size == back else BORROW
                 else:

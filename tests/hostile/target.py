@@ -106,8 +106,7 @@ class Target:
 
     uid: that it runs as.  limit: its RLIMIT_NOFILE.  passes_rights: the kernel has no
     SO_PASSRIGHTS, it believes.  pid_namespace: it is in one of its own.  patience: the seconds in
-    which one must say hello, or read.  rests: it accepts nobody for a moment after an offence: here
-    it does not, so that there can be more of them.
+    which one must say hello, or read.
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class Target:
         passes_rights: bool = False,
         pid_namespace: bool = False,
         patience: float = 0.0,
-        rests: bool = False,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fdbroker-hostile-"))
         self.folder.chmod(0o711)
@@ -133,7 +131,6 @@ class Target:
             "passes_rights": passes_rights,
             "pid_namespace": pid_namespace,
             "patience": patience,
-            "rests": rests,
         }
         serve = ["serve", "--socket", self.address, "--config", str(self.folder / "config")]
         ready, told = os.pipe()

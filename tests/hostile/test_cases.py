@@ -14,6 +14,7 @@ TESTS = Path(__file__).parents[1]
 
 LIMIT = "broker/test_pressure.py"  # a broker at its own, without attackers
 SLOW = "hostile/test_slow_closes.py"
+TURNS = "hostile/test_long_turns.py"
 
 CASES = {
     # --- pressure ---
@@ -48,19 +49,17 @@ CASES = {
         "hostile/test_slow_closes.py::test_what_hangs_is_within_the_share_of_who_sent_it",
     ],
     "offenders that fill the queue": ["hostile/test_pressure.py::test_a_queue_full_of_offenders"],
-    "offenders that come again and again": [
-        "hostile/test_pressure.py::test_who_breaks_the_rules_again_and_again_is_let_in_only_so_often"
-    ],
-    "who has each turn take long": [
-        "hostile/test_long_turns.py::test_many_epolls_watch_its_own_end",
-        "hostile/test_long_turns.py::test_it_names_thousands",
-        "hostile/test_long_turns.py::test_it_comes_again_and_again_with_very_many_groups",
-        "hostile/test_long_turns.py::test_it_comes_with_very_many_groups_and_breaks_the_rules",
-        "hostile/test_long_turns.py::test_many_short_turns_are_as_one_long_turn",
-        "hostile/test_long_turns.py::test_many_sessions_that_are_ready_all_the_time",
-        "hostile/test_long_turns.py::test_who_comes_and_goes_all_the_time",
-        "hostile/test_long_turns.py::test_who_is_put_off_and_shuts_down_again_and_again",
-        "ipc/test_time.py::test_no_session_of_its_uid_is_served_and_all_others_are",
+    "requests that take long, and many of them": [
+        f"{TURNS}::test_session_that_many_epolls_watch_lets_others_be_served",
+        f"{TURNS}::test_requests_for_thousands_of_names_let_others_be_served",
+        f"{TURNS}::test_newcomers_with_very_many_groups_let_others_be_served",
+        f"{TURNS}::test_newcomers_with_very_many_groups_that_send_junk_let_others_be_served",
+        f"{TURNS}::test_flood_of_short_requests_lets_others_be_served_and_each_session_of_it",
+        f"{TURNS}::test_hundreds_of_sessions_that_always_have_a_message_let_others_be_served",
+        f"{TURNS}::test_clients_that_come_and_go_all_the_time_lock_nobody_out",
+        f"{TURNS}::test_sessions_that_are_shut_down_again_and_again_let_others_be_served",
+        f"{TURNS}::test_many_at_once_let_others_be_served",
+        "ipc/test_turns_of_users.py::test_user_with_one_request_waits_for_two_of_a_user_with_many",
     ],
     # --- malice ---
     "unasked descriptors": [

@@ -1,4 +1,9 @@
-"""Who has each of its turns take as long as it can: the others have most of the time."""
+"""Attackers whose requests take as long as they can: the good client is answered in between.
+
+The broker works on as long as anybody asks for something, so nothing is said of how busy it is.
+What holds is that users take turns: while one long item of the attacker is served the good client
+waits, and then it is the good client's turn.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +13,25 @@ import resource
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
-import pytest
-from support import BORROW, CANCEL, PATIENCE, RETURN, SHARED, Raw, in_fork, start_fork, wait_until
+from support import BORROW, CANCEL, ENTRIES, PATIENCE, RETURN, SHARED, Raw, start_fork
 
-from fdbroker.ipc.server.acceptor import OFFENCES
+import fdbroker
 
-from .target import ALICE, ANSWERS, Target, become
+from .target import ALICE, ANSWERS, BOB, SLOWEST, Target, become
 
-ASKED = 8  # times by the attacker, in each process
-FAIR = 4  # times as many answers has the good client, at least, though it makes pauses
+ASKED = 60  # times by the attacker
+# An answer to the good client may take several requests, each of which waits for a long one.
+LEAST = ASKED // 2
 WATCHES = 40_000  # of one session
 FILES = 2_000  # numbers of one file, which an epoll may watch each
 NAMED = 3_000
 SESSIONS = 100
 FLOOD = 4_000  # answers
 GROUPS = 65_000  # NGROUPS_MAX is 65,536
+SECONDS = 1.5  # for which an attack goes on
 
 
 def outlast(target: Target, prepare: Callable[[Raw], None], names: object) -> None:
@@ -47,11 +53,11 @@ def outlast(target: Target, prepare: Callable[[Raw], None], names: object) -> No
             return target.good.answers - before
 
     answers = start_fork(run)()
-    print(f"\n{ASKED} long turns, {answers} answers to the good client")
-    assert answers > FAIR * ASKED
+    print(f"\n{ASKED} long requests, {answers} answers to the good client")
+    assert answers >= LEAST
 
 
-def test_many_epolls_watch_its_own_end(target: Target) -> None:
+def test_session_that_many_epolls_watch_lets_others_be_served(target: Target) -> None:
     """The kernel tells each of them of each message, in the broker's thread."""
 
     def watch(raw: Raw) -> None:
@@ -60,15 +66,20 @@ def test_many_epolls_watch_its_own_end(target: Target) -> None:
         numbers = [os.dup(raw.sock.fileno()) for _ in range(FILES)]
         for _ in range(WATCHES // FILES):
             watcher = select.epoll()
-            os.dup(watcher.fileno())  # it stays
+            # It stays.
+            os.dup(watcher.fileno())
             for number in numbers:
                 watcher.register(number, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
 
     outlast(target, watch, "public/memory")
 
 
-def test_it_comes_again_and_again_with_very_many_groups(target: Target) -> None:
-    """Which are looked at, since there is a rule for a group."""
+def test_requests_for_thousands_of_names_let_others_be_served(target: Target) -> None:
+    outlast(target, lambda raw: None, ["public/memory"] * NAMED)
+
+
+def test_newcomers_with_very_many_groups_let_others_be_served(target: Target) -> None:
+    """The broker looks at the groups, since there is a rule for a group."""
 
     def run() -> int:
         become(ALICE, groups=tuple(range(100_000, 100_000 + GROUPS)))
@@ -78,46 +89,37 @@ def test_it_comes_again_and_again_with_very_many_groups(target: Target) -> None:
         return target.good.answers - before
 
     answers = start_fork(run)()
-    print(f"\n{ASKED} times, {answers} answers to the good client")
-    assert answers > FAIR * ASKED
+    print(f"\n{ASKED} newcomers, {answers} answers to the good client")
+    assert answers >= LEAST
 
 
-@pytest.mark.usefixtures("shared_target")  # which skips where this is not root
-def test_it_comes_with_very_many_groups_and_breaks_the_rules() -> None:
-    """For either nobody is let in for a while; after the longer one it goes on."""
-
+def test_newcomers_with_very_many_groups_that_send_junk_let_others_be_served(
+    target: Target,
+) -> None:
     def run() -> int:
         become(ALICE, groups=tuple(range(100_000, 100_000 + GROUPS)))
-        for _ in range(2 * OFFENCES):
+        before = target.good.answers
+        for _ in range(ASKED):
             with Raw(target.address, hello=False) as raw:
                 raw.send_bytes(b"?")
                 while raw.receive()[0] is not None:
                     pass
-        return 2 * OFFENCES
+        return target.good.answers - before
 
-    with Target(rests=True) as target:
-        target.good.puts = False  # what it gives back would have the broker look whether it may
-        with target.unharmed():
-            assert start_fork(run)() == 2 * OFFENCES
+    assert start_fork(run)() >= LEAST
 
 
-def test_it_names_thousands(target: Target) -> None:
-    outlast(target, lambda raw: None, ["public/memory"] * NAMED)
-
-
-def test_many_short_turns_are_as_one_long_turn(target: Target) -> None:
-    """Of a flood the broker takes up so much that it is idle most of the time, and something of
-    each of the sessions that make it."""
-    answers = [0] * SESSIONS
-
-    def run() -> list[int]:
+def test_flood_of_short_requests_lets_others_be_served_and_each_session_of_it(
+    target: Target,
+) -> None:
+    def run() -> tuple[int, list[int]]:
         become(ALICE)
+        before, answers = target.good.answers, [0] * SESSIONS
         with ExitStack() as stack:
             flood = [stack.enter_context(Raw(target.address, puts=False)) for _ in answers]
             numbers = {raw.sock.fileno(): number for number, raw in enumerate(flood)}
             for raw in flood:
                 raw.send(BORROW, 1, "public/memory", *SHARED)
-            cpu, began = target.cpu_seconds(), time.monotonic()
             while sum(answers) < FLOOD:
                 for sock in select.select(list(numbers), [], [], PATIENCE)[0]:
                     number = numbers[sock]
@@ -130,42 +132,48 @@ def test_many_short_turns_are_as_one_long_turn(target: Target) -> None:
                     flood[number].send(RETURN, seq + 1)
                     flood[number].send(BORROW, seq + 2, "public/memory", *SHARED)
                     answers[number] += 1
-            used = (target.cpu_seconds() - cpu) / (time.monotonic() - began)
-        return [round(100 * used), *answers]
+        return target.good.answers - before, answers
 
-    with alone(target):
-        used, *each = start_fork(run)()
-    print(f"\n{used} % of a CPU used, {min(each)} to {max(each)} answers to each session")
+    good, each = start_fork(run)()
+    print(f"\n{good} answers to the good client, {min(each)} to {max(each)} to each session")
+    assert good >= ANSWERS
     assert min(each) > max(each) / 10
-    assert used < 60
 
 
-def test_many_sessions_that_are_ready_all_the_time(target: Target) -> None:
-    """The broker does not look at all of them for each request that it takes up."""
+def test_hundreds_of_sessions_that_always_have_a_message_let_others_be_served(
+    target: Target,
+) -> None:
+    """Each of them is served, too, when it asks for something."""
 
     def run() -> int:
         become(ALICE)
         with ExitStack() as stack:
-            crowd = []
-            for _ in range(3 * SESSIONS):
-                crowd.append(stack.enter_context(Raw(target.address, puts=False)))
-                time.sleep(0.002)  # so slowly that it is not put off for it
+            crowd = [
+                stack.enter_context(Raw(target.address, puts=False)) for _ in range(3 * SESSIONS)
+            ]
+            before, deadline = target.good.answers, time.monotonic() + SECONDS
+            while time.monotonic() < deadline:
+                for raw in crowd:
+                    with contextlib.suppress(BlockingIOError):
+                        # An old message: it is ignored.
+                        raw.sock.send(b"\x92\x03\x00", socket.MSG_DONTWAIT)
+            answers = target.good.answers - before
             for raw in crowd:
-                raw.sock.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        raw.send(RETURN, 0)  # an old message: it is ignored
-            return cpu_percent(target, seconds=1.0)
+                raw.send(ENTRIES, 1, 0)
+            for raw in crowd:
+                message, _ = raw.receive()
+                assert message is not None
+                assert message[:2] == [0, 1]
+            return answers
 
-    with alone(target):
-        used = start_fork(run)()
-    print(f"\n{used} % of a CPU used")
-    assert used < 60
+    answers = start_fork(run)()
+    print(f"\n{answers} answers to the good client in {SECONDS} s")
+    assert answers >= ANSWERS
 
 
-def test_who_comes_and_goes_all_the_time(target: Target) -> None:
-    """It has no more of the broker for that, and is not locked out for long afterwards."""
-    deadline = time.monotonic() + 1.5
+def test_clients_that_come_and_go_all_the_time_lock_nobody_out(target: Target) -> None:
+    """A newcomer of another uid is let in while they do, and one of their own afterwards."""
+    deadline = time.monotonic() + SECONDS
 
     def come_and_go() -> None:
         become(ALICE)
@@ -173,53 +181,62 @@ def test_who_comes_and_goes_all_the_time(target: Target) -> None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.connect(target.address)
 
-    with alone(target):
-        waits = [start_fork(come_and_go) for _ in range(2)]
-        used = cpu_percent(target, seconds=1.0)
-        for wait in waits:
-            wait()
+    def come(uid: int) -> float:
+        become(uid)
         begun = time.monotonic()
-        in_fork(lambda: (become(ALICE), Raw(target.address).sock.close()))
-    locked_out = time.monotonic() - begun
-    print(f"\n{used} % of a CPU used, then let in after {locked_out:.2f} s")
-    assert used < 60
-    assert locked_out < 1.5
+        # It waits where the listener's queue is full.
+        with fdbroker.Client(target.address) as client:
+            client.entries()
+        return time.monotonic() - begun
+
+    waits = [start_fork(come_and_go) for _ in range(2)]
+    waited = []
+    while time.monotonic() < deadline:
+        waited.append(start_fork(lambda: come(BOB))())
+    for wait in waits:
+        wait()
+    own = start_fork(lambda: come(ALICE))()
+    print(f"\n{len(waited)} newcomers, let in after {max(waited):.3f} s at most, then {own:.3f} s")
+    assert max(*waited, own) < SLOWEST
 
 
-def test_who_is_put_off_and_shuts_down_again_and_again(target: Target) -> None:
-    """Each time the kernel tells us so; we look once."""
+def test_sessions_that_are_shut_down_again_and_again_let_others_be_served(target: Target) -> None:
+    """The kernel tells the broker of each shutdown; it looks once."""
 
     def run() -> int:
         become(ALICE)
         with ExitStack() as stack:
             crowd = [stack.enter_context(Raw(target.address)) for _ in range(3 * SESSIONS)]
-            for _ in range(20):  # it is put off by that
+            for _ in range(20):
                 for raw in crowd:
                     raw.send(CANCEL, 0)
-            cpu, began = target.cpu_seconds(), time.monotonic()
-            while time.monotonic() < began + 1.0:
+            before, deadline = target.good.answers, time.monotonic() + SECONDS
+            while time.monotonic() < deadline:
                 for raw in crowd:
                     with contextlib.suppress(OSError):
                         raw.sock.shutdown(socket.SHUT_RDWR)
-            return round(100 * (target.cpu_seconds() - cpu))
+            return target.good.answers - before
 
-    with alone(target):
-        used = start_fork(run)()
-    print(f"\n{used} % of a CPU used")
-    assert used < 30
+    assert start_fork(run)() >= ANSWERS
 
 
-@contextlib.contextmanager
-def alone(target: Target) -> Iterator[None]:
-    """The good client asks for nothing, since that takes time as well; after it it is answered."""
+def test_many_at_once_let_others_be_served(target: Target) -> None:
+    """Of several users, too, each of which may have a turn before the good client."""
+
+    def run(uid: int) -> None:
+        become(uid)
+        with Raw(target.address, puts=False) as raw:
+            for seq in range(1, 2 * ASKED, 2):
+                raw.send(BORROW, seq, ["public/memory"] * (NAMED // 2), *SHARED)
+                message, numbers = raw.receive()
+                for number in numbers:
+                    os.close(number)
+                assert message is not None
+                assert message[:2] == [0, seq]
+                raw.send(RETURN, seq + 1)
+
     before = target.good.answers
-    with target.good.rests():
-        yield
-    wait_until(lambda: target.good.answers >= before + ANSWERS)
-
-
-def cpu_percent(target: Target, seconds: float) -> int:
-    """Of one CPU, that the broker uses for so long."""
-    cpu, began = target.cpu_seconds(), time.monotonic()
-    time.sleep(seconds)
-    return round(100 * (target.cpu_seconds() - cpu) / (time.monotonic() - began))
+    waits = [start_fork(lambda uid=uid: run(uid)) for uid in (ALICE, BOB)]
+    for wait in waits:
+        wait()
+    assert target.good.answers - before >= LEAST

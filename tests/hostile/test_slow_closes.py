@@ -57,9 +57,9 @@ def test_lingering_sockets(target: Target) -> None:
     target.attack(strike, rounds=5)
 
 
-@pytest.mark.parametrize("puts", [True, False], ids=["who puts", "from an old kernel"])
-def test_more_lingering_sockets_in_a_message_than_the_broker_has_room_for(puts: bool) -> None:
-    """What gets no number the kernel closes while it is received."""
+def test_more_lingering_sockets_in_a_message_than_the_broker_has_room_for() -> None:
+    """The kernel closes all but one while a worker receives.  Before Linux 6.16 it does so in the
+    loop's thread if the session does not put, which nothing can be done about."""
 
     def send(test: socket.socket) -> None:
         become(ALICE)
@@ -68,7 +68,7 @@ def test_more_lingering_sockets_in_a_message_than_the_broker_has_room_for(puts: 
             pairs = [full_socket() for _ in range(SMALL)]
             for _, peer in pairs:
                 stack.enter_context(peer)
-            raw = stack.enter_context(Raw(target.address, puts=puts))
+            raw = stack.enter_context(Raw(target.address))
             test.send(b"ready")
             test.recv(1)
             raw.send(PUT, 1, "alice/slow", EPHEMERAL, fds=[sock.fileno() for sock, _ in pairs])
@@ -77,7 +77,7 @@ def test_more_lingering_sockets_in_a_message_than_the_broker_has_room_for(puts: 
             test.send(b"sent")
             test.recv(1)
 
-    with Target(limit=SMALL, passes_rights=not puts) as target, target.unharmed():
+    with Target(limit=SMALL) as target, target.unharmed():
         with meanwhile(send) as attacker:
             attacker.send(b"x")
             assert attacker.recv(100) == b"ready"
@@ -191,8 +191,8 @@ def test_what_was_never_received_and_hangs_in_flush(target: Target, hanging: Han
 
 
 def test_what_hangs_is_within_the_share_of_who_sent_it() -> None:
-    """However much comes in a message, and beside its sessions: half of what there is, and a few
-    in hand."""
+    """Of a message one descriptor at most has a number, beside the sessions; of what was never
+    received as many as there is room for."""
 
     def send(test: socket.socket) -> None:
         become(ALICE)
@@ -212,7 +212,7 @@ def test_what_hangs_is_within_the_share_of_who_sent_it() -> None:
             with hangs(target, hanging, FLUSH, attacker, b"sent", jobs=1):
                 wait_until(lambda: hanging.hang(FLUSH) >= 2)
                 more = (targets(target.pid) - files).total()
-                assert SESSIONS + MOST // 2 < more <= (LIMIT - files.total()) // 2 + GRACE
+                assert SESSIONS < more <= (LIMIT - files.total()) // 2 + GRACE
         wait_until(lambda: not uses(target, ALICE))
 
 
