@@ -11,6 +11,7 @@ close, is the lender's to know.)  The slot of a session is free as soon as its c
 also while a worker has its request.
 
 A connection that may put is received from by a worker, never by the loop: `receiving` is that job.
+So is one that was made before the kernel could be told to refuse its descriptors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fdbroker.ipc.server.event_loop import Timer
     from fdbroker.ipc.server.jobs import Receive, Reopen
     from fdbroker.ipc.transport import Channel
-    from fdbroker.lender.accounting import Accounting
+    from fdbroker.lender.accounting import Accounting, Charge
     from fdbroker.lender.rules import Rights
 
 HANDSHAKE, READY, WORKING, AWAITING_READ, ENDED = range(5)
@@ -34,15 +35,23 @@ NO_SESSION = Session(-1, 0, Peer(-1, -1, 0), memoryview(b""), Account(-1))
 NO_SESSION.state = FREE
 
 
+class Fresh(NamedTuple):
+    """Descriptors that were opened for one message of a read-only loan, and the charge for them,
+    which lasts until they are closed.  They belong to whoever has this."""
+
+    fds: list[int]
+    charge: Charge
+
+
 class PendingGrant(NamedTuple):
     """A message with descriptors that waits until the client has read the one before it.
 
-    `offset` is where in the loan it begins; `fresh` are the descriptors that were opened for it.
+    `offset` is where in the loan it begins; `fresh` is what was opened for it, if anything.
     """
 
     seq: int
     offset: int
-    fresh: list[int] | None
+    fresh: Fresh | None
 
 
 class ServerConnection:
@@ -50,7 +59,16 @@ class ServerConnection:
 
     __slots__ = (
         *("account", "arrival", "bytes_charge", "channel", "in_flight_charge", "interest", "job"),
-        *("peer", "pending_grant", "puts", "receiving", "repeated", "rights", "serve", "session"),
+        *(
+            "by_worker",
+            "peer",
+            "pending_grant",
+            "receiving",
+            "repeated",
+            "rights",
+            "serve",
+            "session",
+        ),
         *("session_charge", "state", "timer"),
     )
 
@@ -64,8 +82,8 @@ class ServerConnection:
         self.session = NO_SESSION
         # The peer's, by the rules of now.
         self.rights = rights
-        # Whether it said that it will put: then it may send descriptors.
-        self.puts = False
+        # Whether a worker receives from it, since its messages may bring descriptors.
+        self.by_worker = channel.predates_refusal
         # What the port was told of the channel last.
         self.interest: Callable[..., None] | None = None
         # Serves one message of it; also the item that stands for it in the fair queue.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.errors import FDBrokerError, QuotaExceeded
 from fdbroker.ipc.protocol.codec import encode_error
-from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, READY, WORKING, PendingGrant
+from fdbroker.ipc.server.connection import AWAITING_READ, ENDED, READY, WORKING, Fresh, PendingGrant
 from fdbroker.ipc.server.jobs import Discard, Reopen
 from fdbroker.ipc.server.log import log_refusal
 from fdbroker.ipc.server.sender import BLOCKED, CLOSED, SENT
@@ -70,21 +70,25 @@ class Delivery:
         connection: ServerConnection,
         seq: int,
         offset: int = 0,
-        fresh: list[int] | None = None,
+        fresh: Fresh | None = None,
     ) -> None:
         """Send the session's loan from `offset` on, now or when the client has read.
 
-        `fresh` are the descriptors that were opened for it; they are closed afterwards.
+        `fresh` is what was opened for it; it is closed afterwards.
         """
-        request = connection.session.request
-        if request.readonly and fresh is None and not connection.channel.unread():
-            self._reopen(connection, seq, offset)
+        if connection.session.request.readonly and fresh is None:
+            # What the broker has itself is never sent for a read-only loan.
+            if connection.channel.unread():
+                self.not_sent(connection, BLOCKED, seq, offset)
+            else:
+                self._reopen(connection, seq, offset)
             return
-        outcome = self._sender.send_grant(connection, seq, offset, fresh)
+        fds = None if fresh is None else fresh.fds
+        outcome = self._sender.send_grant(connection, seq, offset, fds)
         if outcome:
             self.not_sent(connection, outcome, seq, offset, fresh)
-        if fresh and outcome != BLOCKED:
-            self._discard(connection, fresh)
+        if fresh is not None and outcome != BLOCKED:
+            self._discard(fresh)
 
     def not_sent(
         self,
@@ -92,7 +96,7 @@ class Delivery:
         outcome: int | FDBrokerError,
         seq: int,
         offset: int = 0,
-        fresh: list[int] | None = None,
+        fresh: Fresh | None = None,
     ) -> None:
         """A grant was not sent, for the reason that `Sender.send_grant` has returned."""
         if outcome == BLOCKED:
@@ -115,8 +119,8 @@ class Delivery:
     def drop_pending(self, connection: ServerConnection) -> None:
         """The grant that waits is never sent: close what was opened for it."""
         pending, connection.pending_grant = connection.pending_grant, None
-        if pending is not None and pending.fresh:
-            self._discard(connection, pending.fresh)
+        if pending is not None and pending.fresh is not None:
+            self._discard(pending.fresh)
 
     def _roll_back(
         self, connection: ServerConnection, seq: int, offset: int, error: FDBrokerError
@@ -157,31 +161,25 @@ class Delivery:
         job, connection.job = connection.job, None
         assert job is not None
         self._lender.unpin(entries)
-        charge.release()
         self._scheduler.charge(connection.account.uid, job.took)
-        fresh = job.detach_fds()
-        if connection.state != WORKING:
-            self._discard(connection, fresh)
-        elif job.crash:
-            self._discard(connection, fresh)
+        fresh = Fresh(job.detach_fds(), charge)
+        charge.set(len(fresh.fds))
+        if connection.state != WORKING or job.crash:
+            self._discard(fresh)
             self._end(connection)
+            return
+        connection.state = READY
+        if job.error is None:
+            self.grant(connection, seq, offset, fresh)
         else:
-            connection.state = READY
-            if job.error is None:
-                self.grant(connection, seq, offset, fresh)
-            else:
-                self._discard(connection, fresh)
-                self._roll_back(connection, seq, offset, job.error)
-            if job.cancelled and connection.state != ENDED:
-                self._lender.advance(connection.session, job.cancelled)
+            self._discard(fresh)
+            self._roll_back(connection, seq, offset, job.error)
+        if job.cancelled and connection.state != ENDED:
+            self._lender.advance(connection.session, job.cancelled)
 
-    def _discard(self, connection: ServerConnection, fds: list[int]) -> None:
-        if fds:
-            discard(
-                self._pool,
-                self._lender.accounting.charge(connection.account, "closes", len(fds)),
-                fds,
-            )
+    def _discard(self, fresh: Fresh) -> None:
+        if fresh.fds:
+            discard(self._pool, fresh.charge, fresh.fds)
 
 
 def discard(pool: WorkerPool, charge: Charge, fds: list[int]) -> None:

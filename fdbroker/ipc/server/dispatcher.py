@@ -193,7 +193,7 @@ class Dispatcher:
             self.reject(connection, refusal)
             return
         if puts:
-            connection.puts = True
+            connection.by_worker = True
             connection.channel.accept_descriptors()
             self._rearm(connection)
         self._delivery.reply(connection, encode([0, 0, VERSION]))

@@ -35,6 +35,9 @@ class Receive(Job):
     `received`, and `refusal` says why.
     """
 
+    # A broker that drains refuses every put, and an inspection can hang for as long as it likes.
+    drain_waits = False
+
     def __init__(self, channel: Channel, user: Hashable, most: int) -> None:
         self.user = user
         self.data = b""

@@ -67,7 +67,7 @@ class Receiver:
         connection.interest = self._loop.port.listen
 
     def _handler(self, connection: ServerConnection) -> Handler:
-        if connection.puts:
+        if connection.by_worker:
             return self._on_put_event
         return self._dispatcher.serve if connection.rights.unlimited else self._on_event
 
@@ -79,7 +79,7 @@ class Receiver:
         if connection.state == AWAITING_READ:
             self._sessions.expect_progress(connection)
             self._set_interest(connection, port.await_read, self._on_read)
-        elif not connection.puts:
+        elif not connection.by_worker:
             self._set_interest(connection, port.listen, self._handler(connection))
         elif connection.receiving is None:
             connection.interest = None
@@ -124,7 +124,7 @@ class Receiver:
         has to read first."""
         if connection.state in (ENDED, AWAITING_READ) or connection.receiving is not None:
             return
-        if connection.puts:
+        if connection.by_worker:
             self._receive_in_worker(connection)
         else:
             self._dispatcher.serve(connection)

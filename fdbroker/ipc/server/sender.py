@@ -138,6 +138,7 @@ def _general_grant(
     session: Session, seq: int, offset: int, fresh: list[int] | None
 ) -> tuple[bytes, Sequence[Any]]:
     """The message, and what it lends, of a part of any loan."""
+    assert fresh or not session.request.readonly
     entries = session.entries[offset : offset + SCM_MAX_FD]
     parcels = [parcel(sysfd) for sysfd in fresh] if fresh else [entry.parcel for entry in entries]
     return encode_grant(seq, len(session.entries), len(parcels), session.since), parcels

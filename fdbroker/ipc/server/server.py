@@ -100,6 +100,8 @@ class Server:
         self._tuning = tuning
         self._policy = AccessPolicy()
         self._deadline: Timer | None = None
+        # Notifications that wait for the turn of their users.
+        self._undelivered = 0
         self._sessions = Sessions(loop, lender, self.custody, scheduler, tuning, end=self.end)
         connections = self._sessions.connections
         self._sender = Sender(loop, accounting, connections.keys(), tuning)
@@ -173,7 +175,7 @@ class Server:
         self._stop_if_drained()
 
     def _stop_if_drained(self) -> None:
-        if not self.lender.entries and not self.workers.drain_waits:
+        if not (self.lender.entries or self.workers.drain_waits or self._undelivered):
             self.loop.stop()
 
     def close(self) -> None:
@@ -294,6 +296,7 @@ class Server:
                 if connection is None:
                     continue
                 notify = partial(self._notify, connection, session, seq, error)
+                self._undelivered += 1
                 if connection.rights.unlimited:
                     notify()
                 else:
@@ -305,6 +308,9 @@ class Server:
         self, connection: ServerConnection, session: Session, seq: int, error: FDBrokerError | None
     ) -> None:
         """Tell a session what its borrow, or its wait for a close, has come to."""
+        self._undelivered -= 1
+        if self.draining:
+            self._stop_if_drained()
         if connection.state == ENDED or connection.session is not session:
             return
         if self.draining and isinstance(error, EntryRetired):

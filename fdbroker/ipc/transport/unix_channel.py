@@ -65,10 +65,12 @@ class Channel:
 
     __slots__ = (
         *("_send_message", "_sock", "handler", "in_flight", "may_hold_descriptors", "number"),
-        *("peer", "receive", "subject"),
+        *("peer", "predates_refusal", "receive", "subject"),
     )
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, predates_refusal: bool = False) -> None:
+        """Own `sock`.  predates_refusal: it may have been connected, and may hold descriptors,
+        before the listener refused them; so a worker has to receive from it."""
         # `recv_into` must not wait, and a flag at each call takes longer.
         sock.setblocking(False)
         self._sock = sock
@@ -80,7 +82,9 @@ class Channel:
         self.in_flight = 0
         self._send_message = sock.sendmsg
         # Whether the socket may have descriptors in it that nobody received.
-        self.may_hold_descriptors = not refuse_descriptors(sock)
+        refused = refuse_descriptors(sock)
+        self.predates_refusal = predates_refusal
+        self.may_hold_descriptors = predates_refusal or not refused
         self.receive: Callable[[bytearray], int] = (
             self._receive_checked if self.may_hold_descriptors else sock.recv_into
         )

@@ -21,6 +21,7 @@ import stat
 from fcntl import LOCK_EX, LOCK_NB, flock
 from typing import Any
 
+from fdbroker.descriptors import wait_readable
 from fdbroker.errors import AlreadyServing, BadAddress
 from fdbroker.ipc.transport import unix_channel
 from fdbroker.ipc.transport.address import check_path
@@ -57,6 +58,8 @@ class Listener:
         self.handler: Handler = ignore
         self.subject: Any = None
         self.lasting = bound is not None  # it stays, with its queue, when this process ends
+        # Whether the next connection may have been in the queue before descriptors were refused.
+        self._predating = False
         self._file: os.stat_result | None = None  # the socket's, if it is ours to unlink
         check_path(address)
         folder = os.path.dirname(address) or "."
@@ -71,7 +74,7 @@ class Listener:
             if bound is not None:
                 bound.setblocking(False)
                 self.sock = bound
-                unix_channel.refuse_descriptors(bound)
+                self._predating = unix_channel.refuse_descriptors(bound) and self._has_more()
                 return
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             # Connections inherit that.
@@ -119,7 +122,14 @@ class Listener:
             sock, _ = self.sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        return Channel(sock)
+        predates = self._predating
+        # Once the queue was empty, everybody connects to a listener that refuses.
+        self._predating = predates and self._has_more()
+        return Channel(sock, predates_refusal=predates)
+
+    def _has_more(self) -> bool:
+        """Whether a connection waits in the queue."""
+        return wait_readable(self.sock.fileno(), 0)
 
     def close(self) -> None:
         """Stop listening: the socket file goes, if it is still this one, then the lock.
