@@ -87,17 +87,25 @@ def test_one_long_item_is_as_many_short_ones() -> None:
     assert order == "AabcdefghZijklmnop"
 
 
-def test_newcomer_is_served_before_all_who_were_served_already() -> None:
+def test_newcomer_is_served_after_one_item_of_each_user_not_in_deficit() -> None:
     scheduler = scheduler_with(alice="aaaa", bob="bbbb", carol="cccc")
-    for _ in range(3):
-        scheduler.next()
+    scheduler.charge("alice", 1)
     scheduler.ready("newcomer", "!")
-    assert served(scheduler)[0] == "!"
+    assert served(scheduler)[:3] == "bc!"
 
 
-def test_newcomers_are_served_in_the_order_in_which_they_came() -> None:
-    scheduler = scheduler_with(alice="ab", bob="x", carol="y")
-    assert served(scheduler) == "axyb"
+def test_deficit_is_paid_off_by_the_time_that_others_use() -> None:
+    """Also by a user who has no other item ready, and is never in deficit itself."""
+    scheduler = scheduler_with(alice="ab")
+    assert scheduler.next() == ("alice", "a")
+    scheduler.charge("alice", 3 * QUANTUM)
+    order = ""
+    for letter in "vwxyz":
+        scheduler.ready("bob", letter)
+        user, item = scheduler.next() or ("", "")
+        scheduler.charge(user, QUANTUM)
+        order += item
+    assert order == "vwxby"
 
 
 def test_item_that_is_ready_again_while_queued_keeps_its_place_and_is_served_once() -> None:
@@ -153,7 +161,7 @@ def test_credit_is_lost_when_the_last_item_is_discarded() -> None:
     assert "alice" not in scheduler._balances
 
 
-def test_user_that_asks_now_and_then_is_never_behind_one_that_asks_always() -> None:
+def test_user_that_asks_now_and_then_is_behind_one_item_of_one_that_asks_always() -> None:
     scheduler = scheduler_with(bob="uvwxyz")
     order = ""
     for letter in "abc":
@@ -162,8 +170,7 @@ def test_user_that_asks_now_and_then_is_never_behind_one_that_asks_always() -> N
             user, item = scheduler.next() or ("", "")
             scheduler.charge(user, 5 * QUANTUM)
             order += item
-    # Bob was ready first, and had no item served yet.
-    assert order == "uabvcw"
+    assert order == "uavbwc"
 
 
 def test_deficit_is_ten_quanta_at_most() -> None:
@@ -279,12 +286,10 @@ class Naive:
         self.turns: list[int] = []
         self.items: dict[int, list[int]] = {}
         self.balances: dict[int, int] = {}
-        self.new: list[int] = []
 
     def ready(self, user: int, item: int) -> None:
         if user not in self.turns:
             self.turns.append(user)
-            self.new.append(user)
             self.items[user] = []
         if item not in self.items[user]:
             self.items[user].append(item)
@@ -298,11 +303,9 @@ class Naive:
         if not self.turns:
             return None
         while True:
-            for user in self.new or self.turns:
-                if user in self.new or self.balances.get(user, 0) >= 0:
+            for user in self.turns:
+                if self.balances.get(user, 0) >= 0:
                     item = self.items[user].pop(0)
-                    if user in self.new:
-                        self.new.remove(user)
                     self.turns.remove(user)
                     self.turns.append(user)
                     self._end_if_empty(user)
@@ -313,14 +316,15 @@ class Naive:
     def charge(self, user: int, nanoseconds: int) -> None:
         if user in self.turns:
             self.balances[user] = max(self.balances.get(user, 0) - nanoseconds, -10 * QUANTUM)
+        else:
+            for other, balance in self.balances.items():
+                self.balances[other] = max(balance, min(0, balance + nanoseconds))
 
     def _end_if_empty(self, user: int) -> None:
         if not self.items[user]:
             del self.items[user]
             self.turns.remove(user)
             self.balances.pop(user, None)
-            if user in self.new:
-                self.new.remove(user)
 
 
 USERS, ITEMS = st.integers(0, 3), st.integers(0, 5)

@@ -11,8 +11,8 @@ many short ones.
 A balance is bounded on both sides.  A user is at most ten quanta in deficit, so that nobody is
 locked out for long, and credit is at most one quantum.  When a user's FIFO empties its balance is
 zero again: nobody saves up credit, and a user that asks now and then is never behind one that asks
-all the time.  For the same reason a user that becomes ready has its first item served before those
-who had one served already (the new flows of FQ-CoDel, RFC 8290).
+all the time.  What such a user uses pays off the deficits of the others, so that a stream of small
+requests, each by itself, does not keep a user in deficit waiting for ever.
 
 `submit` and `run_next` run items that are callables.  While nobody waits there is nothing to be
 fair about: the first item of each user in each turn of the loop is run at once, and not charged.
@@ -38,7 +38,7 @@ class FairScheduler:
     `queues` is true while any item is ready.
     """
 
-    __slots__ = ("_balances", "_clock", "_new", "_served", "_turn", "queues")
+    __slots__ = ("_balances", "_clock", "_served", "_turn", "queues")
 
     def __init__(self, clock: Callable[[], int] = thread_time_ns) -> None:
         # The users who have an item ready, in the order of their turns, each with its items.
@@ -47,8 +47,6 @@ class FairScheduler:
         # The users whose item was run at once in the loop's turn that was seen last.
         self._turn: object = None
         self._served: set[Hashable] = set()
-        # Those of them who had no item served since they became ready.
-        self._new: OrderedDict[Hashable, None] = OrderedDict()
         # Nanoseconds, of each user for whom they are not zero.
         self._balances: dict[Hashable, int] = {}
 
@@ -86,7 +84,6 @@ class FairScheduler:
         queue = self.queues.get(user)
         if queue is None:
             self.queues[user] = OrderedDict(((item, None),))
-            self._new[user] = None
         else:
             queue[item] = None
 
@@ -106,14 +103,11 @@ class FairScheduler:
         """Take out the item to be served now: its user and the item; None if nothing is ready."""
         if not self.queues:
             return None
-        user = next(iter(self._new), None)
-        if user is None:
-            user = self._first_not_in_deficit()
+        user = self._first_not_in_deficit()
         if user is None:
             self._begin_round()
             user = self._first_not_in_deficit()
         assert user is not None
-        self._new.pop(user, None)
         queue = self.queues[user]
         item, _ = queue.popitem(last=False)
         if queue:
@@ -123,10 +117,17 @@ class FairScheduler:
         return user, item
 
     def charge(self, user: Hashable, nanoseconds: int) -> None:
-        """Note that the user has used so much of the broker's time, if it has an item ready."""
+        """Note that the user has used so much of the broker's time.
+
+        A user that has no item ready has no balance; what it uses pays off the others' deficits.
+        """
+        balances = self._balances
         if user in self.queues:
-            balance = self._balances.get(user, 0) - nanoseconds
-            self._balances[user] = max(balance, -MOST_DEFICIT)
+            balances[user] = max(balances.get(user, 0) - nanoseconds, -MOST_DEFICIT)
+            return
+        for other, balance in balances.items():
+            if balance < 0:
+                balances[other] = min(0, balance + nanoseconds)
 
     def _first_not_in_deficit(self) -> Hashable | None:
         balances = self._balances
@@ -146,5 +147,4 @@ class FairScheduler:
     def _empty(self, user: Hashable) -> None:
         """The user has no item left: its balance is zero."""
         del self.queues[user]
-        self._new.pop(user, None)
         self._balances.pop(user, None)
