@@ -184,9 +184,7 @@ def test_oversized_messages(target: Target) -> None:
             assert message[0] not in (0, PROTOCOL_ERROR)
         refused(address, *oversized)
 
-    # Each worker's thread keeps what it has allocated for the largest message.
-    growth = 3 << 20
-    target.attack(strike, rounds=10, why="event=fault", lines=len(oversized), growth=growth)
+    target.attack(strike, rounds=10, why="event=fault", lines=len(oversized))
 
 
 NESTED = [
