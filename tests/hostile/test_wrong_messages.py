@@ -331,6 +331,7 @@ def test_a_seq_that_was_there_before(target: Target) -> None:
 OUT_OF_TURN = {
     "a return of nothing": [[RETURN, 1]],
     "more of nothing": [[MORE, 1, 0]],
+    "what came with the borrow once more": [[BORROW, 1, "public/memory", *SHARED], [MORE, 2, 0]],
     "more than there is": [[BORROW, 1, "public/memory", *SHARED], [MORE, 2, 1]],
     "a second loan": [[BORROW, 1, "public/memory", *SHARED]] * 1
     + [[BORROW, 2, "public/memory", *SHARED]],

@@ -182,7 +182,8 @@ class EventLoop:
                 self._call(callback)
 
     def _run_posted(self, subject: None, events: int) -> None:
-        while self._posted:
+        # What is posted meanwhile wakes the loop again.
+        for _ in range(len(self._posted)):
             self._call(self._posted.popleft())
 
     def note_cancelled(self) -> None:

@@ -128,7 +128,7 @@ class Handlers:
         """Send the next descriptors of a loan of many."""
         (offset,) = fields
         _require(at, LENT)
-        if offset >= len(at.session.entries):
+        if not 0 < offset < len(at.session.entries):
             raise ProtocolError("client", "there are no more descriptors")
         self._lender.advance(at.session, seq)
         self._delivery.grant(at, seq, offset)
