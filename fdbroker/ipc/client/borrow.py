@@ -82,7 +82,8 @@ class PreparedBorrow:
         self.head, self.tail = template(BORROW, what, flags, timeout, purpose)
         self.pack = struct.Struct(f"{HEAD.format}{len(self.tail)}s").pack
         self.counts = counts(total, total)
-        self.arguments = recvmsg_arguments(REPLY_BYTES, min(total, SCM_MAX_FD), RECEIVE)
+        # Room for one more than the loan has, so that a reply with too many is not taken for right.
+        self.arguments = recvmsg_arguments(REPLY_BYTES, min(total + 1, SCM_MAX_FD), RECEIVE)
         self.unpack: Callable[[bytes], tuple[int, ...]] = struct.Struct(f"{total}i").unpack
         self.several = total > 1
         self.names = names
