@@ -23,7 +23,7 @@ QUICK = 1.0  # seconds; the close would take ten
 SLOW_TO_CLOSE = """
     import struct
     from fdbroker.ipc.protocol.codec import *
-    from fdbroker.ipc.protocol.messages import (*)
+    from fdbroker.ipc.protocol.messages import *
     server = socket.create_server(("127.0.0.1", 0))
     sock = socket.create_connection(server.getsockname())
     peer, _ = server.accept()
